@@ -1,0 +1,1 @@
+"""The serving side of Nowcast: neural graphs, the NiNo engine and the HTTP service around them."""

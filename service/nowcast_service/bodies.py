@@ -1,0 +1,169 @@
+"""Request bodies in and tensor streams out, chunk by chunk, without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import Request
+from nowcast_proto.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from nowcast_proto.stream import Decoder, Encoder
+from nowcast_proto.tensors import TensorFrame
+from nowcast_proto.version import MEDIA_TYPE, version_of_media_type
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+_BATCH = 1 << 19
+"""Bytes checked per trip to a thread: enough to make the trip cheap, little enough to keep memory flat."""
+
+Check = Callable[[TensorFrame], None]
+
+
+def check_media_type(request: Request) -> None:
+    """Hold a body to this protocol's media type.
+
+    Raises:
+        UnsupportedVersion: It is of a version that is not served.
+        InvalidRequest: It is something else.
+    """
+    value = request.headers.get("content-type", "")
+    if version_of_media_type(value) is None:
+        raise InvalidRequest(f"the body's Content-Type is {value[:80]!r}", expected=MEDIA_TYPE)
+
+
+async def pieces(request: Request, idle: float) -> AsyncIterator[bytes]:
+    """The body as it arrives.
+
+    Args:
+        request: Whose body.
+        idle: Seconds without a byte after which it is given up.
+
+    Raises:
+        DeadlineExceeded: Nothing came for that long.
+        ClientDisconnect: The client went away.
+    """
+    loop = asyncio.get_running_loop()
+    stream = request.stream()
+    try:
+        async with asyncio.timeout(idle) as timeout:
+            async for piece in stream:
+                timeout.reschedule(None)
+                if piece:
+                    yield piece
+                timeout.reschedule(loop.time() + idle)
+    except TimeoutError as exc:
+        raise DeadlineExceeded(
+            f"no byte of the body came for {idle:g} s", remedy="resume the upload when the connection is better"
+        ) from exc
+
+
+async def read_all(request: Request, *, cap: int, idle: float) -> bytes:
+    """A small body, whole.
+
+    Raises:
+        TooLarge: It is over the cap; the rest is not read.
+        DeadlineExceeded, ClientDisconnect: As `pieces`.
+    """
+    body = bytearray()
+    async with contextlib.aclosing(pieces(request, idle)) as stream:
+        async for piece in stream:
+            body += piece
+            if len(body) > cap:
+                raise TooLarge("the body is too long", expected=f"at most {cap} bytes of JSON")
+    return bytes(body)
+
+
+async def receive_stream(
+    request: Request, decoder: Decoder, *, idle: float, check: Check, count: Callable[[int], None]
+) -> None:
+    """Feed a body to a decoder.
+
+    The header is taken on the event loop, where its sink may touch shared state; tensor bytes are checked in a thread
+    while the next ones arrive. Whatever ends the body, all bytes that arrived have been fed when this returns or
+    raises, so that an upload can resume where it stands.
+
+    Args:
+        request: Whose body.
+        decoder: Takes it; need not be complete at the end.
+        idle: Seconds without a byte after which the body is given up.
+        check: Called for every tensor that is complete.
+        count: Called with the number of bytes of each piece.
+
+    Raises:
+        NowcastError: What the decoder or the check raised, or the client was silent for too long.
+        ClientDisconnect: The client went away.
+    """
+
+    def feed(batch: list[bytes]) -> None:
+        for piece in batch:
+            for frame in decoder.feed(piece):
+                check(frame)
+
+    batch: list[bytes] = []
+    size = 0
+    feeding: asyncio.Future[None] | None = None
+    try:
+        async with contextlib.aclosing(pieces(request, idle)) as stream:
+            async for piece in stream:
+                count(len(piece))
+                if decoder.header is None:
+                    feed([piece])
+                    continue
+                batch.append(piece)
+                size += len(piece)
+                if size >= _BATCH:
+                    if feeding is not None:
+                        await feeding
+                    feeding = asyncio.ensure_future(asyncio.to_thread(feed, batch))
+                    batch, size = [], 0
+    finally:
+        # Shielded: a cancelled request must not leave a thread writing into a buffer that is about to be reused.
+        if feeding is not None:
+            await asyncio.shield(feeding)
+        if batch:
+            await asyncio.shield(asyncio.to_thread(feed, batch))
+
+
+async def disconnected(request: Request) -> None:
+    """Return once the client has gone away; only after the body was read to its end."""
+    while True:
+        if (await request.receive())["type"] == "http.disconnect":
+            return
+
+
+class StreamReply(Response):
+    """A tensor stream as the answer.
+
+    Args:
+        encoder: What to send.
+        count: Called with the number of bytes of each chunk sent.
+        done: Called once when it ends, with whether the client took it all.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, encoder: Encoder, *, count: Callable[[int], None], done: Callable[[bool], None]) -> None:
+        super().__init__(status_code=200, headers={"Content-Length": str(encoder.content_length)})
+        self._encoder = encoder
+        self._count = count
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head and then chunk after chunk, as fast as the client takes them."""
+        gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
+        complete = False
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            left = self._encoder.content_length
+            for chunk in self._encoder.chunks():
+                left -= len(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})
+                self._count(len(chunk))
+                await asyncio.sleep(0)
+                if gone.done() and left > 0:
+                    break
+            complete = left == 0
+        finally:
+            gone.cancel()
+            self._done(complete)

@@ -1,0 +1,130 @@
+"""``nowcast demo``: train a small GPT alone, nowcast, and nowcast while the service is killed and restarted."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nowcast_service.demo.server import Server
+    from nowcast_service.demo.training import Training
+
+DOWN_SECONDS = 3.0
+"""How long the killed service stays away."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the subcommand."""
+    app.command()(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture, the figures and the logs.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=100, help="Optimizer steps of each training.")] = 1000,
+    period: Annotated[int, typer.Option(min=15, help="Steps between nowcasts.")] = 100,
+    max_horizon: Annotated[int, typer.Option(min=1, help="Longest horizon, in strides of a fifth of the period.")] = 8,
+    rate: Annotated[
+        float, typer.Option(min=1e-6, help="Peak learning rate; by default the best for training alone.")
+    ] = 1.6e-2,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 1,
+    checkpoint: Annotated[str | None, typer.Option(help="Name or path; the shipped one by default.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Predictor; what the checkpoint is for by default.")] = None,
+) -> None:
+    """Train a small GPT three times from one seed: alone, nowcast, and nowcast while the service dies half-way.
+
+    The service and every training are processes of their own. Prints a table, and last the path of a picture of the
+    loss curves.
+    """
+    from rich.console import Console
+
+    from nowcast_service.demo import plot, report
+    from nowcast_service.demo.progress import Shown
+    from nowcast_service.demo.server import Server
+    from nowcast_service.demo.training import Training, run
+
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {"steps": steps, "period": period, "max-horizon": max_horizon, "rate": rate, "seed": seed}
+    common = {name: str(value) for name, value in chosen.items()}
+    if predictor:
+        common["predictor"] = predictor
+    alone, nowcast, killed = trainings = [
+        Training("alone", "alone"),
+        Training("nowcast", "nowcast"),
+        Training("killed", "nowcast, service killed"),
+    ]
+    # One thread for the service: the trainer has one as well, and neither takes the other's core on a small machine.
+    settings = {"threads": "1", **({"checkpoint": checkpoint} if checkpoint else {})}
+    with Shown(trainings, steps) as shown:
+        run(alone, {**common, "mode": "off"}, out, shown.update)
+        shown.say("starting the service")
+        with Server(out, **settings) as server:
+            run(nowcast, {**common, "mode": "on", "url": server.url}, out, shown.update)
+            accident = Accident(server, steps // 2, shown.say)
+            run(
+                killed, {**common, "mode": "on", "url": server.url}, out, lambda t: (shown.update(t), accident.watch(t))
+            )
+            accident.over()
+    picture = (out / "loss.png").resolve()
+    (out / "results.json").write_text(json.dumps(report.numbers(trainings), indent=1) + "\n")
+    plot.draw(trainings, picture)
+    console = Console(width=110, highlight=False)
+    console.print(report.table(trainings))
+    for sentence in report.verdict(trainings):
+        console.print(sentence)
+    console.print(
+        f"AdamW at a peak rate of {rate:g} (by default the best of four for training alone), cosine decay, seed {seed}."
+    )
+    typer.echo(str(picture))
+
+
+class Accident:
+    """Kills the service once a training has come so far, and starts it again a little later.
+
+    Args:
+        server: The service.
+        step: When.
+        say: Told what happens.
+    """
+
+    def __init__(self, server: Server, step: int, say: Callable[[str], object]) -> None:
+        self._server = server
+        self._step = step
+        self._say = say
+        self._restart: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def watch(self, training: Training) -> None:
+        """See whether it is time."""
+        if self._restart is None and training.points and training.points[-1].step >= self._step:
+            training.killed_at = training.points[-1].step
+            self._server.kill()
+            self._say(f"step {training.killed_at}: killed the service (SIGKILL); it comes back in {DOWN_SECONDS:.0f} s")
+            self._restart = threading.Thread(target=self._start, daemon=True)
+            self._restart.start()
+
+    def _start(self) -> None:
+        time.sleep(DOWN_SECONDS)
+        try:
+            self._server.start()
+        except Exception as error:
+            self._error = error
+        else:
+            self._say("the service is back")
+
+    def over(self) -> None:
+        """Wait for the restart.
+
+        Raises:
+            Exception: What went wrong in it.
+        """
+        if self._restart is not None:
+            self._restart.join()
+        if self._error is not None:
+            raise self._error

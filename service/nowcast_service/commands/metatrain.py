@@ -1,0 +1,141 @@
+"""``nowcast metatrain``: collect trajectories and train a predictor on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Collect trajectories of small trainings and train a predictor on them.")
+console = Console(stderr=True)
+
+Folder = Annotated[Path, typer.Option(help="Folder of trajectories.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def register(root: typer.Typer) -> None:
+    """Add the subcommands to the command line."""
+    root.add_typer(app, name="metatrain")
+
+
+@app.command()
+def collect(
+    out: Folder,
+    recipe: Annotated[str, typer.Option(help="cpu, gpu, smoke, or a JSON file.")] = "cpu",
+    data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
+    device: Device = "cpu",
+    precision: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    disk_budget: Annotated[float, typer.Option(help="Most GB all shards together may take.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    from_snapshots: Annotated[
+        list[Path] | None, typer.Option(help="Import a folder of saved snapshots of one run instead; repeatable.")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="SPEC.json of the imported snapshots.")] = None,
+    every: Annotated[int | None, typer.Option(help="Optimizer steps between imported snapshots.")] = None,
+) -> None:
+    """Train many small networks and write down their parameters; resumes where it was stopped."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nowcast_service.metatrain.collect import collect as run
+    from nowcast_service.metatrain.errors import InvalidRecipe
+    from nowcast_service.metatrain.imports import import_snapshots
+    from nowcast_service.metatrain.recipes import read_recipe
+    from nowcast_service.metatrain.store import TrajectoryStore
+
+    if threads:
+        torch.set_num_threads(threads)
+    if precision not in ("float32", "float16"):
+        raise InvalidRecipe(f"--precision {precision} is unknown", expected="float32 or float16")
+    store = TrajectoryStore(out, budget=int(disk_budget * 1e9), create=True)
+    if from_snapshots:
+        if spec is None or every is None:
+            raise InvalidRecipe("--from-snapshots needs --spec and --every", expected="SPEC.json and a step count")
+        new = import_snapshots(store, from_snapshots, spec, every=every, precision=precision)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            new = run(read_recipe(recipe), store, data=data, device=device, precision=precision, progress=progress)
+    trajectories = sum(len(shard.trainings) for shard in store)
+    console.print(
+        f"{len(new)} new shards; {len(store)} shards, {trajectories} trajectories, {store.bytes_used:,} bytes"
+    )
+
+
+@app.command()
+def train(
+    trajectories: Folder,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the state to resume from, and the logs.")],
+    hidden: Annotated[int, typer.Option(help="Width of the network.")] = 32,
+    layers: Annotated[int, typer.Option(help="Message passing layers.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of the whole schedule.")] = 10_000,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-2,
+    loss: Annotated[str, typer.Option(help="relative, or l1 as in the paper.")] = "relative",
+    seed: Annotated[int, typer.Option(help="Initial weights and batches.")] = 0,
+    per_batch: Annotated[int, typer.Option(help="Architectures per step.")] = 4,
+    slices: Annotated[int, typer.Option(help="Most slices of each architecture per step.")] = 4,
+    edge_budget: Annotated[int, typer.Option(help="Most edges per architecture, all slices together.")] = 60_000,
+    strides: Annotated[tuple[int, int], typer.Option(help="Shortest and longest stride, in optimizer steps.")] = (
+        20,
+        200,
+    ),
+    device: Device = "cpu",
+    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 500,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Train a network on trajectories, from random initialisation; resumes where it was stopped."""
+    import json
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nowcast_service.metatrain.errors import InvalidRecipe
+    from nowcast_service.metatrain.sampler import SamplerConfig
+    from nowcast_service.metatrain.store import TrajectoryStore
+    from nowcast_service.metatrain.train import TrainConfig
+    from nowcast_service.metatrain.train import train as run
+
+    if threads:
+        torch.set_num_threads(threads)
+    sampler = SamplerConfig(
+        seed=seed, trajectories=per_batch, max_slices=slices, edge_budget=edge_budget, strides=strides
+    )
+    if loss not in ("relative", "l1"):
+        raise InvalidRecipe(f"--loss {loss} is unknown", expected="relative or l1")
+    config = TrainConfig(
+        hidden=hidden,
+        layers=layers,
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        loss=loss,
+        seed=seed,
+        sampler=sampler,
+    )
+    store = TrajectoryStore(trajectories)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("training", total=steps)
+
+        def on_step(step: int, value: float) -> None:
+            progress.update(bar, completed=step, description=f"loss {value:.3f}")
+
+        results = run(store, config, out, device=device, save_every=save_every, on_step=on_step)
+    typer.echo(json.dumps({"checkpoint": str(out / "checkpoint.safetensors"), "validation": results}))
+
+
+@app.command()
+def verify(trajectories: Folder) -> None:
+    """Compare every shard with its digest, and the manifest with what is held out for evaluation."""
+    from nowcast_service.metatrain.heldout import refuse_held_out
+    from nowcast_service.metatrain.store import TrajectoryStore
+
+    store = TrajectoryStore(trajectories)
+    store.verify()
+    for shard in store:
+        if shard.arch is not None:
+            refuse_held_out(shard.arch, shard.source)
+    console.print(f"{len(store)} shards are whole; nothing held out is among them; digest {store.digest()}")

@@ -1,0 +1,300 @@
+"""Who may use the device, when, and for how long: admission, one worker thread, deadlines, draining. Knows no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, NowcastError, TooLarge, Unavailable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+State = Literal["queued", "running", "done", "failed"]
+
+
+@dataclass(eq=False)
+class Place:
+    """The right to put one nowcast on the device; held from admission until the device is done with it."""
+
+    tenant: str
+    _release: Callable[[Place], None]
+    _held: bool = True
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def release(self) -> None:
+        """Give the place back; safe to call more than once."""
+        with self._lock:
+            held, self._held = self._held, False
+        if held:
+            self._release(self)
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """One piece of work for the device.
+
+    Attributes:
+        future: Resolves to the work's value, or to a `NowcastError`.
+        enqueued: When it was queued, on the monotonic clock.
+        started: When the device took it up; None before.
+    """
+
+    work: Callable[[], T] | None
+    place: Place
+    deadline: float
+    ended: Callable[[Job[T]], None]
+    future: Future[T] = field(default_factory=Future)
+    enqueued: float = field(default_factory=time.monotonic)
+    started: float | None = None
+
+    def result(self) -> T:
+        """The work's value, once it is there.
+
+        Raises:
+            NowcastError: What the work raised; a fresh copy each time, because a traceback would tie the caller's
+                frames, and the tensors in them, to the job.
+        """
+        exc = self.future.exception()
+        if isinstance(exc, NowcastError):
+            raise NowcastError.from_body(exc.body(), retry_after=exc.retry_after)
+        return self.future.result()
+
+    @property
+    def state(self) -> State:
+        """Where the job is."""
+        if not self.future.done():
+            return "queued" if self.started is None else "running"
+        if self.future.cancelled() or self.future.exception() is not None:
+            return "failed"
+        return "done"
+
+
+class Engine:
+    """Runs jobs one at a time on one thread, which is what one device can do.
+
+    Kernels release the interpreter lock, so the event loop keeps receiving and sending meanwhile. A place is held
+    until the job's kernel has really ended: a client that goes away frees a queued place at once, a running one not
+    before.
+
+    Args:
+        max_jobs: Places, the running job's included.
+        max_jobs_per_tenant: Places one tenant may hold.
+        rest: Called on the device thread when the queue has run empty.
+    """
+
+    def __init__(self, *, max_jobs: int, max_jobs_per_tenant: int, rest: Callable[[], None] = lambda: None) -> None:
+        self._rest = rest
+        self._max_jobs = max_jobs
+        self._max_per_tenant = max_jobs_per_tenant
+        self._places: Counter[str] = Counter()
+        self._queue: deque[Job[Any]] = deque()
+        self._running: Job[Any] | None = None
+        self._ready = threading.Condition()
+        self._draining = False
+        self._stopped = False
+        self._recent: deque[float] = deque(maxlen=16)
+        self._thread = threading.Thread(target=self._work, name="nowcast-device", daemon=True)
+
+    def start(self) -> None:
+        """Start the worker thread."""
+        self._thread.start()
+
+    def admit(self, tenant: str) -> Place:
+        """Take a place for one job.
+
+        Raises:
+            Busy: All places are taken; ``retry_after`` is what recent jobs suggest.
+            Unavailable: The engine is draining.
+        """
+        with self._ready:
+            self.check_open()
+            total = sum(self._places.values())
+            if total >= self._max_jobs:
+                raise Busy(
+                    f"{total} nowcasts are admitted already",
+                    expected=f"at most {self._max_jobs} at once",
+                    remedy="try again after Retry-After",
+                    retry_after=self.wait_estimate(),
+                )
+            if self._places[tenant] >= self._max_per_tenant:
+                raise Busy(
+                    f"this key has {self._places[tenant]} nowcasts admitted already",
+                    expected=f"at most {self._max_per_tenant} at once",
+                    remedy="try again after Retry-After",
+                    retry_after=self.wait_estimate(),
+                )
+            self._places[tenant] += 1
+        return Place(tenant, self._give_back)
+
+    def check_open(self) -> None:
+        """State that new work is welcome.
+
+        Raises:
+            Unavailable: The engine is draining.
+        """
+        if self._draining:
+            raise Unavailable(
+                "the service is shutting down", remedy="try again after Retry-After, elsewhere or here", retry_after=5.0
+            )
+
+    def submit(
+        self,
+        place: Place,
+        work: Callable[[], T],
+        *,
+        seconds: float,
+        ended: Callable[[Job[T]], None] = lambda job: None,
+    ) -> Job[T]:
+        """Queue work under a place, which the engine gives back when the work has ended.
+
+        Args:
+            place: From `admit`.
+            work: What to run on the device thread.
+            seconds: After which nobody wants the answer any more.
+            ended: Called with the job on the device thread when it has run.
+        """
+        job: Job[T] = Job(work, place, time.monotonic() + seconds, ended)
+        with self._ready:
+            self._queue.append(job)
+            self._ready.notify()
+        return job
+
+    def abandon(self, job: Job[Any]) -> None:
+        """Nobody waits for this job any more: free its place now if it has not begun."""
+        with self._ready:
+            if job in self._queue:
+                self._queue.remove(job)
+            elif job.started is not None:
+                return
+        job.future.cancel()
+        job.place.release()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._queue)
+
+    def before(self, job: Job[Any]) -> int:
+        """Jobs that will end before this one begins."""
+        with self._ready:
+            try:
+                place = self._queue.index(job)
+            except ValueError:
+                return 0
+            return place + (self._running is not None)
+
+    @property
+    def running_for(self) -> float:
+        """Seconds the current job has been running; 0 when idle."""
+        job = self._running
+        return 0.0 if job is None or job.started is None else time.monotonic() - job.started
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker thread exists."""
+        return self._thread.is_alive()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+        return self._draining
+
+    def wait_estimate(self) -> float:
+        """Seconds after which a place is likely to be free, 1 to 60."""
+        typical = sum(self._recent) / len(self._recent) if self._recent else 1.0
+        return min(max(1.0, typical * (len(self._queue) / 2 + 1)), 60.0)
+
+    def drain(self) -> None:
+        """Refuse new work from now on; what is queued still runs."""
+        with self._ready:
+            self._draining = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is admitted, queued or running."""
+        with self._ready:
+            return not self._queue and self._running is None and not sum(self._places.values())
+
+    def stop(self) -> None:
+        """End the worker once the queue is empty; does not wait for it."""
+        with self._ready:
+            self._draining = self._stopped = True
+            self._ready.notify_all()
+
+    def _give_back(self, place: Place) -> None:
+        with self._ready:
+            self._places[place.tenant] -= 1
+            if not self._places[place.tenant]:
+                del self._places[place.tenant]
+
+    def _next(self) -> Job[Any] | None:
+        with self._ready:
+            while not self._queue and not self._stopped:
+                self._ready.wait()
+            if not self._queue:
+                return None
+            self._running = job = self._queue.popleft()
+            job.started = time.monotonic()
+            return job
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            if job.future.set_running_or_notify_cancel():
+                self._run(job)
+            else:
+                self._clear(job)
+            # Dropped before the wait for the next one: a finished job's tensors must not outlive it here.
+            del job
+            if not self._queue:
+                self._rest()
+
+    def _clear(self, job: Job[Any]) -> None:
+        # What the work closes over, a whole history, must not live as long as the answer.
+        job.work = None
+        with self._ready:
+            self._running = None
+        job.place.release()
+
+    def _run(self, job: Job[Any]) -> None:
+        began = time.monotonic()
+        value, error = self._outcome(job, began)
+        self._recent.append(time.monotonic() - began)
+        # The place is free before the client hears of it: its next question must find it so.
+        self._clear(job)
+        if error is None:
+            job.future.set_result(value)
+        else:
+            job.future.set_exception(error.with_traceback(None))
+        try:
+            job.ended(job)
+        except Exception:  # whoever watches must not end the worker
+            log.exception("counting a nowcast failed")
+
+    def _outcome(self, job: Job[Any], began: float) -> tuple[Any, NowcastError | None]:
+        if began >= job.deadline or job.work is None:
+            return None, DeadlineExceeded(
+                f"the nowcast waited {began - job.enqueued:.1f} s for the device, past its deadline",
+                remedy="give a longer deadline, or come when the queue is shorter",
+            )
+        try:
+            return job.work(), None
+        except NowcastError as exc:
+            return None, exc
+        except MemoryError:
+            return None, _no_memory()
+        except Exception as exc:  # the one place where a bug in a predictor must not end the service
+            if type(exc).__name__ == "OutOfMemoryError":  # torch's, for a device
+                return None, _no_memory()
+            log.exception("a nowcast failed")
+            return None, InternalError("the nowcast failed inside the service", remedy="see its log")
+
+
+def _no_memory() -> TooLarge:
+    return TooLarge("the nowcast does not fit into the memory of the device", remedy="use a smaller model or device")

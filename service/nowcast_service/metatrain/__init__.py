@@ -1,0 +1,1 @@
+"""Meta-training: collect trajectories, train, evaluate time-to-target."""

@@ -1,0 +1,193 @@
+"""What to collect: groups of trainings that differ only in seed, learning rate, weight decay and schedule.
+
+A recipe is data: a name below, or a JSON file with the same fields. One group is trained in one vectorised loop and
+becomes one shard.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nowcast_proto.errors import UnreadableFile
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from nowcast_service.metatrain.errors import InvalidRecipe
+from nowcast_service.metatrain.zoo import Arch
+
+
+class Group(BaseModel):
+    """Trainings of one architecture on one source, run together.
+
+    Attributes:
+        arch: The architecture.
+        source: Data source, see `nowcast_service.metatrain.data`.
+        models: Trainings in one vectorised loop.
+        repeats: How many such loops, each with seeds of its own and a shard of its own.
+        lr: Lowest and highest learning rate; each training draws its own, log-uniformly.
+        optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
+        weight_decay: Values to draw from.
+        schedules: Learning-rate schedules to draw from.
+        warmup: Steps of linear warm-up.
+        steps: Optimizer steps.
+        every: Optimizer steps between snapshots.
+        batch: Images, or sequences of the architecture's context.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arch: Arch
+    source: str
+    models: PositiveInt = 4
+    repeats: PositiveInt = 1
+    lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1e-3, 1e-2)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: tuple[float, ...] = (0.0, 0.01, 0.1)
+    schedules: tuple[Literal["constant", "cosine"], ...] = ("constant", "constant", "cosine")
+    warmup: int = 0
+    steps: PositiveInt = 2000
+    every: PositiveInt = 20
+    batch: PositiveInt = 64
+
+
+class Recipe(BaseModel):
+    """Groups in the order they are collected: the most wanted first, so that a run cut short is still useful.
+
+    Attributes:
+        groups: What to train.
+        seed: All randomness comes from it and the position of a group.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    groups: Annotated[tuple[Group, ...], Field(min_length=1)]
+    seed: int = 0
+
+
+def _conv(*widths: int, norm: bool = False, channels: int = 3, size: int = 16) -> Arch:
+    return Arch(kind="convnet", widths=widths, norm=norm, channels=channels, size=size)
+
+
+def _gpt2(layers: int, dim: int, heads: int, vocabulary: int = 256, context: int = 48) -> Arch:
+    return Arch(kind="gpt2", layers=layers, dim=dim, heads=heads, vocabulary=vocabulary, context=context)
+
+
+def _llama(layers: int, dim: int, heads: int, kv_heads: int, vocabulary: int = 256, context: int = 48) -> Arch:
+    return Arch(
+        kind="llama", layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, context=context
+    )
+
+
+def _cpu() -> Recipe:
+    """About an hour and a half of one CPU core: small images, short contexts, widths below the held-out ones."""
+    text_lr = (3e-4, 6e-3)
+    first = (
+        Group(arch=_conv(8, 16, 16), source="cifar10@16", models=6, lr=(1e-3, 1.2e-2)),
+        Group(arch=_gpt2(2, 24, 3), source="shakespeare:bytes", lr=text_lr, batch=8),
+        Group(arch=_conv(12, 24, 24, norm=True), source="cifar10@16", lr=(1e-3, 1.2e-2)),
+        Group(arch=Arch(kind="mlp", widths=(32, 32), size=8), source="cifar10@8", models=6, lr=(5e-4, 1e-2)),
+        Group(arch=_llama(2, 24, 4, 2), source="shakespeare:bytes", lr=text_lr, batch=8),
+        Group(arch=_conv(12, 24, 24), source="cifar10@16", lr=(1e-3, 1.2e-2)),
+        Group(arch=_conv(8, 16, channels=1, size=8), source="digits", models=6, lr=(1e-3, 2e-2), steps=1500),
+    )
+    more = (
+        Group(arch=_conv(16, 24, 32), source="cifar10@16", lr=(1e-3, 1.2e-2)),
+        Group(arch=_gpt2(3, 16, 2, 512), source="shakespeare:words512", lr=text_lr, batch=8),
+        Group(arch=_conv(8, 16, 16, norm=True), source="cifar10@16", models=6, lr=(1e-3, 1.2e-2)),
+        Group(
+            arch=Arch(kind="mlp", widths=(24,), channels=1, size=8),
+            source="digits",
+            models=8,
+            lr=(1e-3, 2e-2),
+            steps=1200,
+        ),
+        Group(
+            arch=_conv(10, 20, 20),
+            source="cifar10@16",
+            lr=(1e-2, 1e-1),
+            optimizer="sgd",
+            weight_decay=(0.0, 5e-4),
+        ),
+        Group(arch=_llama(3, 16, 2, 2, 512), source="shakespeare:words512", lr=text_lr, batch=8),
+        Group(arch=_conv(12, 12, 24, 24), source="cifar10@16", lr=(1e-3, 1.2e-2)),
+        Group(arch=_gpt2(2, 32, 4), source="shakespeare:bytes", lr=text_lr, batch=8),
+    )
+    return Recipe(groups=first + more + first + more + first + more)
+
+
+def _gpu() -> Recipe:
+    """For one accelerator: full-size images, wider networks, longer runs, hundreds of trajectories."""
+    text_lr = (2e-4, 6e-3)
+    images = tuple(
+        Group(
+            arch=_conv(*widths, norm=norm, size=size),
+            source=f"cifar10@{size}",
+            models=24,
+            repeats=2,
+            lr=(5e-4, 1.5e-2),
+            steps=6000,
+            every=20,
+            batch=128,
+        )
+        for widths in ((8, 16, 16), (12, 24, 24), (16, 24, 32), (20, 40, 40), (12, 12, 24, 24))
+        for norm in (False, True)
+        for size in (16, 32)
+    )
+    texts = tuple(
+        Group(arch=arch, source=source, models=12, repeats=2, lr=text_lr, steps=6000, batch=32)
+        for vocabulary, source in ((256, "shakespeare:bytes"), (2000, "shakespeare:words2000"))
+        for arch in (
+            _gpt2(2, 32, 4, vocabulary, 64),
+            _gpt2(3, 24, 3, vocabulary, 64),
+            _gpt2(4, 48, 4, vocabulary, 64),
+            _llama(2, 32, 4, 2, vocabulary, 64),
+            _llama(3, 48, 4, 4, vocabulary, 64),
+        )
+    )
+    return Recipe(groups=_cpu().groups[:15] + images + texts)
+
+
+def _smoke() -> Recipe:
+    """Seconds on any machine, no files needed: what the tests run."""
+    return Recipe(
+        groups=(
+            Group(
+                arch=Arch(kind="mlp", widths=(8,), channels=1, size=8),
+                source="digits",
+                models=3,
+                steps=240,
+                every=4,
+                batch=32,
+            ),
+            Group(arch=_conv(4, 6, channels=1, size=8), source="digits", models=2, steps=240, every=4, batch=32),
+        )
+    )
+
+
+RECIPES = {"cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
+
+
+def read_recipe(name_or_path: str) -> Recipe:
+    """A recipe by name, or from a JSON file.
+
+    Raises:
+        InvalidRecipe: The name is unknown and no such file exists, or the file does not hold a recipe.
+        UnreadableFile: The file cannot be read.
+    """
+    if name_or_path in RECIPES:
+        return RECIPES[name_or_path]()
+    path = Path(name_or_path)
+    if not path.exists():
+        raise InvalidRecipe(
+            f"no recipe is called {name_or_path!r} and no such file exists",
+            expected=f"one of {', '.join(RECIPES)}, or a JSON file",
+        )
+    try:
+        return Recipe.model_validate(json.loads(path.read_bytes()))
+    except OSError as exc:
+        raise UnreadableFile(f"{path} cannot be read: {exc.strerror}") from exc
+    except (ValidationError, json.JSONDecodeError) as exc:
+        raise InvalidRecipe(
+            f"{path} is not a recipe: {exc}", expected='{"groups": [{"arch": …, "source": …}, …]}'
+        ) from exc

@@ -1,0 +1,61 @@
+"""What Prometheus sees. One registry per application, so that several can live in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_AGES = (0.1, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+class Metrics:
+    """The service's counters, gauges and histograms."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        make = {"registry": self.registry}
+        self.requests = Counter("nowcast_requests", "HTTP requests answered.", ["route", "method", "status"], **make)
+        self.nowcasts = Counter("nowcast_nowcasts", "Nowcasts finished.", ["predictor", "result"], **make)
+        self.failures = Counter("nowcast_failures", "Calls that failed, by error code.", ["reason"], **make)
+        self.stages = Histogram(
+            "nowcast_stage_seconds",
+            "Time of a nowcast by stage: queue, input, compute, output.",
+            ["stage"],
+            buckets=_SECONDS,
+            **make,
+        )
+        self.bytes = Counter("nowcast_bytes", "Bytes of bodies received (in) and sent (out).", ["direction"], **make)
+        self.age = Histogram(
+            "nowcast_snapshot_age_seconds",
+            "Age of the newest snapshot when its nowcast began.",
+            buckets=_AGES,
+            **make,
+        )
+        self.verdicts = Counter(
+            "nowcast_verdicts", "What became of nowcasts in training, as clients report it.", ["outcome"], **make
+        )
+        self.snapshots = Counter("nowcast_snapshots", "Snapshots received whole and checked.", **make)
+        self.dropped = Counter("nowcast_sessions_dropped", "Sessions dropped, by reason.", ["reason"], **make)
+        self.queue = Gauge("nowcast_queue_depth", "Nowcasts waiting for the device.", **make)
+        self.running = Gauge("nowcast_running", "Nowcasts on the device.", **make)
+        self.sessions = Gauge("nowcast_sessions", "Sessions held.", **make)
+        self.held = Gauge("nowcast_held_bytes", "Bytes reserved for histories, uploads and answers.", **make)
+        self.budget = Gauge("nowcast_budget_bytes", "Bytes that may be reserved.", **make)
+        self.ready = Gauge("nowcast_ready", "1 when the last readiness check passed.", **make)
+        for direction in ("in", "out"):
+            self.bytes.labels(direction)
+        for outcome in ("applied", "kept", "rejected", "rolled_back", "shadow"):
+            self.verdicts.labels(outcome)
+        for stage in ("queue", "input", "compute", "output"):
+            self.stages.labels(stage)
+
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Have a gauge read its value when it is scraped."""
+        gauge.set_function(read)
+
+    def render(self) -> bytes:
+        """The text Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""The NiNo graph network: checkpoints, scaling, the horizon schedule, the exact engine and its reference twin."""

@@ -1,0 +1,253 @@
+"""WNN+: the edge-wise network, every weight predicted from its own past alone (NiNo paper, section 4.1).
+
+The network is applied to every element of a tensor, kernels position by position; it needs of the graph only which
+type of edge a weight is. Tensors are streamed in chunks, so that memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from nowcast_proto.errors import InvalidCheckpoint
+from nowcast_proto.spec import ArchitectureSpec
+from torch import Tensor
+
+from nowcast_service.graph.blocks import Coverage, EdgeType, NeuralGraph, View
+from nowcast_service.history import History
+from nowcast_service.nino.checkpoint import Checkpoint
+from nowcast_service.nino.scaling import Scale, scale_of
+from nowcast_service.predictors.base import State, check_count, check_finite, check_horizon
+from nowcast_service.predictors.graphs import Graphs, check_fit
+
+CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
+"""Weights per pass; on a CPU a chunk's hidden vectors (4 MiB at width 128) stay in the cache."""
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: torch.nn.functional.silu(x, inplace=True),
+    "relu": torch.relu_,
+    "gelu": torch.nn.functional.gelu,
+    "tanh": torch.tanh_,
+}
+ANY_KERNEL = 1 << 31
+"""Limit on kernel positions of the graph the types of edges come from: none, positions are predicted one by one."""
+Progress = Callable[[int, int], None]
+"""Called with (done, total), in weights or edges."""
+
+
+class EdgewiseNetwork:
+    """The trained edge-wise network, with neighbouring linear maps fused.
+
+    Args:
+        checkpoint: Of an edge-wise network.
+        device: Where to compute.
+
+    Raises:
+        InvalidCheckpoint: The checkpoint is of a graph network.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        config, state = checkpoint.config, checkpoint.state
+        if config.gnn:
+            raise InvalidCheckpoint(
+                f"{checkpoint.source} is a graph network",
+                expected="an edge-wise network (WNN+)",
+                remedy="use predictor nino with it",
+            )
+        self.config = config
+        self.device = torch.device(device)
+        self._activate = _ACTIVATIONS[config.act]
+        embed = state["layer_embed.weight"].double() if config.edge_types else torch.zeros(1, config.hidden).double()
+        entry = [(_weight(state, f"edge_proj.fc.{i}"), _bias(state, f"edge_proj.fc.{i}")) for i in self._entry()]
+        body = [(_weight(state, f"edge_mlp.fc.{i}"), _bias(state, f"edge_mlp.fc.{i}")) for i in (0, 2, 4, 6)]
+        # No activation between the last input map and the first hidden one: one map, with a bias per edge type.
+        (last, last_bias), (first, first_bias) = entry[-1], body[0]
+        self._before = [self._place(pair) for pair in entry[:-1]]
+        self._joint = (first @ last).float().to(self.device)
+        self._type_bias = (first_bias + (embed + last_bias) @ first.T).float().to(self.device)  # (types, d)
+        self._hidden = [self._place(pair) for pair in body[1:-1]]
+        self._out, self._out_bias = self._place(body[-1])
+
+    def _entry(self) -> tuple[int, ...]:
+        return (0,) if self.config.input_layer == "linear" else (0, 2)
+
+    def _place(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return pair[0].float().to(self.device), pair[1].float().to(self.device)
+
+    def __call__(self, x: Tensor, edge_type: int, k: int) -> Tensor:
+        """Scaled prediction.
+
+        Args:
+            x: (n, context) scaled weights, oldest snapshot first.
+            edge_type: Type of all n edges.
+            k: Horizon in strides.
+
+        Returns:
+            (n,) the network's output, without the newest snapshot added.
+        """
+        for weight, bias in self._before:
+            x = self._activate(torch.addmm(bias, x, weight.T))
+        x = self._activate(torch.addmm(self._type_bias[edge_type if self.config.edge_types else 0], x, self._joint.T))
+        for weight, bias in self._hidden:
+            x = self._activate(torch.addmm(bias, x, weight.T))
+        return torch.addmv(self._out_bias[k - 1], x, self._out[k - 1])
+
+
+class Wnn:
+    """Predictor around `EdgewiseNetwork`.
+
+    Args:
+        checkpoint: Of an edge-wise network.
+        device: Where to compute; snapshots are sent there chunk by chunk.
+        update_scale: Factor on the update.
+        progress: Called with (weights done, weights in all).
+        timings: Filled with seconds by phase.
+    """
+
+    name = "wnn"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str = "cpu",
+        update_scale: float = 1.0,
+        progress: Progress | None = None,
+        timings: dict[str, float] | None = None,
+    ) -> None:
+        self.network = EdgewiseNetwork(checkpoint, device)
+        self.context = checkpoint.config.context
+        self.farthest = checkpoint.config.seq_len
+        self._graphs = Graphs(ANY_KERNEL)
+        self._update_scale = update_scale
+        self._progress = progress
+        self._timings = timings
+
+    def coverage(self, spec: ArchitectureSpec) -> tuple[Coverage, ...]:
+        """See `Predictor.coverage`."""
+        return ()
+
+    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+        """See `Predictor.predict`."""
+        check_count(len(history), self.context, "the checkpoint")
+        check_horizon(k, self.network.config.seq_len)
+        graph = self._graphs.graph(history.spec)
+        check_fit(graph, self.network.config)
+        start = time.perf_counter()
+        parameters = predict_edgewise(
+            self.network,
+            history,
+            k,
+            segments(graph),
+            update_scale=self._update_scale,
+            progress=self._progress,
+        )
+        check_finite(parameters, self.name)
+        if self._timings is not None:
+            self._timings["network"] = self._timings.get("network", 0.0) + time.perf_counter() - start
+        return parameters, {}
+
+
+Segment = tuple[EdgeType, View | None, tuple[int, ...]]
+"""Edge type, where the elements lie in the flattened tensor (None for all of it), and the shape of that view."""
+
+
+def segments(graph: NeuralGraph) -> dict[str, list[Segment]]:
+    """Which elements of every tensor are edges of which type.
+
+    Tensors outside the graph get the type that their shape suggests: kernels, matrices, everything else.
+    """
+    found: dict[str, list[Segment]] = {}
+    for block, view in graph.weighted():
+        shape = (block.n_sources, 1 if block.diagonal else block.n_targets, view.features)
+        found.setdefault(view.parameter, []).append((block.edge_type, view, shape))
+    for parameter in graph.spec.parameters:
+        if parameter.name not in found:
+            found[parameter.name] = [(type_of_shape(parameter.shape), None, (parameter.numel, 1, 1))]
+    return found
+
+
+def type_of_shape(shape: tuple[int, ...]) -> EdgeType:
+    """Edge type of a tensor of no known role."""
+    if len(shape) < 2:
+        return EdgeType.OTHER
+    return EdgeType.LINEAR if len(shape) == 2 else EdgeType.CONV
+
+
+def predict_edgewise(
+    network: EdgewiseNetwork,
+    history: History,
+    k: int,
+    tensors: Mapping[str, list[Segment]],
+    *,
+    update_scale: float = 1.0,
+    scales: Mapping[str, Scale] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Predict some tensors of a history, chunk by chunk.
+
+    Args:
+        network: The network.
+        history: As many snapshots as its context.
+        k: Horizon in strides.
+        tensors: Which tensors, in which segments.
+        update_scale: Factor on the update.
+        scales: Scales where they are known already.
+        progress: Called with (weights done, weights in all).
+
+    Returns:
+        Name -> float32 tensor on the device of the history.
+    """
+    shapes = history.spec.shapes()
+    factor = update_scale * network.config.update_scale
+    total = sum(history.newest(name).numel() for name in tensors)
+    done = 0
+    parameters = {}
+    for name, parts in tensors.items():
+        flats = history.flat(name)
+        scale = scales[name] if scales else scale_of(flats)
+        # Elements that are no edge stay as they are; so does a constant tensor, as a whole.
+        future = flats[-1].to(torch.float32, copy=True)
+        if not scale.constant:
+            for edge_type, view, shape in parts:
+                for tile in _tiles(view, shape, CHUNK.get(network.device.type, CHUNK["cuda"])):
+                    x = torch.stack([tile(flat).reshape(-1).to(network.device) for flat in flats], dim=1)
+                    x = scale.apply(x)  # (n, context)
+                    y = network(x, int(edge_type), k).mul_(factor)
+                    if network.config.residual:
+                        y += x[:, -1]
+                    target = tile(future)
+                    target.copy_(scale.invert(y).to(target.device).view(target.shape))
+        parameters[name] = future.view(shapes[name])
+        done += future.numel()
+        if progress:
+            progress(done, total)
+    return parameters
+
+
+def _tiles(view: View | None, shape: tuple[int, ...], limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Cut a segment into tiles of at most ``limit`` elements, each a function flat tensor -> strided view of the tile.
+
+    The axes are walked by falling stride, so that a tile reads memory in order whichever way the tensor is wired.
+    """
+    if view is None:
+        strides, offset = (1, 1, 1), 0
+    else:
+        strides, offset = (view.source_stride, view.target_stride, view.feature_stride), view.offset
+    axes = sorted(range(3), key=lambda axis: (shape[axis] > 1, abs(strides[axis])), reverse=True)
+    sizes, steps = [shape[a] for a in axes], [strides[a] for a in axes]
+    inner = min(sizes[1], max(1, limit // sizes[2]))
+    outer = max(1, limit // (inner * sizes[2]))
+    for i in range(0, sizes[0], outer):
+        for j in range(0, sizes[1], inner):
+            size = (min(outer, sizes[0] - i), min(inner, sizes[1] - j), sizes[2])
+            start = offset + i * steps[0] + j * steps[1]
+            yield lambda flat, size=size, start=start: flat.as_strided(size, steps, flat.storage_offset() + start)
+
+
+def _weight(state: Mapping[str, Tensor], name: str) -> Tensor:
+    return state[f"{name}.weight"].double()
+
+
+def _bias(state: Mapping[str, Tensor], name: str) -> Tensor:
+    return state[f"{name}.bias"].double()

@@ -1,0 +1,175 @@
+"""Every setting of the service, read from the environment under ``NOWCAST_`` or given to `nowcast serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nowcast_proto.tensors import Limits
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_PORT = 8500
+_GIB = 2**30
+
+
+class Settings(BaseSettings):
+    """Settings of one service process; sizes take units (``512MiB``), times are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="NOWCAST_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    # Where it listens
+    host: str = Field(default="127.0.0.1", description="Address to bind; loopback unless told otherwise.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=DEFAULT_PORT, description="TCP port to bind; 0 takes a free one."
+    )
+    unix_socket: Path | None = Field(
+        default=None, description="Listen on this unix socket instead of TCP; only its owner may connect."
+    )
+    port_file: Path | None = Field(
+        default=None, description="Write the bound URL to this file once the socket listens, for port 0."
+    )
+    parent_fd: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="File descriptor inherited from a parent process; when its other end closes, the parent is gone "
+        "and the service ends at once.",
+    )
+    tls_certificate: Path | None = Field(default=None, description="PEM certificate chain; turns TLS on.")
+    tls_key: Path | None = Field(default=None, description="PEM private key of the certificate.")
+    allow_anonymous: bool = Field(
+        default=False, description="Serve without keys on an address that is not loopback. Say so only on purpose."
+    )
+
+    # Who may call
+    api_key: SecretStr | None = Field(
+        default=None, description="One key for everyone, tenant `default`. Hashed on start, never logged."
+    )
+    api_key_hashes: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Comma-separated `tenant:hash` pairs as `nowcast key` prints them."
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with one `tenant:hash` per line; `#` starts a comment."
+    )
+
+    # What it predicts with
+    predictor: str | None = Field(
+        default=None,
+        description="Predictor when a request names none; what the checkpoint is for when absent, "
+        "`linear` when there is no checkpoint either.",
+    )
+    checkpoint: str | None = Field(
+        default=None, description="Checkpoint when a request names none: a registered name or a path on this machine."
+    )
+    device: str = Field(default="auto", description="Device to predict on: `auto`, `cpu`, `cuda` or `cuda:0`.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="CPU threads of one prediction; 0 leaves PyTorch's own choice."
+    )
+
+    # How much it holds
+    budget: ByteSize = Field(
+        default=ByteSize(8 * _GIB), description="Bytes all histories, uploads and answers may take together."
+    )
+    tenant_budget: ByteSize = Field(default=ByteSize(8 * _GIB), description="The same for the sessions of one key.")
+    session_budget: ByteSize = Field(default=ByteSize(8 * _GIB), description="The same for one session.")
+    max_sessions: Annotated[int, Field(ge=1)] = Field(default=256, description="Sessions held at once.")
+    max_sessions_per_key: Annotated[int, Field(ge=1)] = Field(default=128, description="Sessions one key may hold.")
+    session_expiry: Annotated[float, Field(gt=0)] = Field(
+        default=3600.0, description="Seconds of idleness after which a session is dropped."
+    )
+    evict_after: Annotated[float, Field(ge=0)] = Field(
+        default=60.0, description="Seconds of idleness after which a session may be dropped to make room for another."
+    )
+    results_per_session: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=2, description="Answers a session keeps, so that they can be fetched again; also its nowcasts at once."
+    )
+
+    # How much it does at once
+    max_queue: Annotated[int, Field(ge=1)] = Field(
+        default=16, description="Nowcasts admitted at once, the running one included; more are answered 429."
+    )
+    max_queue_per_key: Annotated[int, Field(ge=1)] = Field(default=16, description="The same for one key.")
+    max_uploads: Annotated[int, Field(ge=1)] = Field(
+        default=32, description="Request bodies received at once; more are answered 429."
+    )
+    default_deadline: Annotated[float, Field(gt=0)] = Field(
+        default=600.0, description="Seconds a nowcast may take, waiting included, when the request says nothing."
+    )
+    max_wait: Annotated[float, Field(ge=0)] = Field(
+        default=60.0, description="Most seconds one `?wait=` is honoured; the client asks again."
+    )
+    upload_idle: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="Seconds without a byte after which an upload is given up (it can be resumed)."
+    )
+    shutdown_grace: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="Seconds after SIGTERM within which the service has finished and is gone."
+    )
+
+    # What it believes of a peer
+    max_header: ByteSize = Field(default=ByteSize(8 * 2**20), description="Cap on a stream's header.")
+    max_json: ByteSize = Field(default=ByteSize(8 * 2**20), description="Cap on a JSON body.")
+    max_tensors: Annotated[int, Field(ge=1)] = Field(default=100_000, description="Cap on tensors in one stream.")
+    max_snapshots: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=64, description="Cap on snapshots in one stream."
+    )
+    max_tensor: ByteSize = Field(default=ByteSize(32 * _GIB), description="Cap on one tensor.")
+    max_body: ByteSize = Field(default=ByteSize(256 * _GIB), description="Cap on one whole stream.")
+
+    # How it is watched
+    ready_timeout: Annotated[float, Field(gt=0)] = Field(
+        default=5.0, description="Seconds the forward pass behind `/readyz` may take."
+    )
+    stall_after: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="Seconds one nowcast may run before `/readyz` calls the queue stuck."
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+
+    @field_validator("api_key_hashes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 8:
+            raise ValueError("a key needs at least 8 characters; `nowcast key` makes a good one")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or neither")
+        if not self.unix_socket and not self.has_keys and not self.allow_anonymous and not is_loopback(self.host):
+            raise ValueError(
+                f"refusing to serve {self.host} without keys: set NOWCAST_API_KEY, NOWCAST_API_KEY_HASHES or "
+                "NOWCAST_API_KEYS_FILE, bind 127.0.0.1, or set NOWCAST_ALLOW_ANONYMOUS=1 if that is what you want"
+            )
+        return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether calls need a key."""
+        return bool(self.api_key or self.api_key_hashes or self.api_keys_file)
+
+    @property
+    def limits(self) -> Limits:
+        """The caps a decoder holds a stream to."""
+        return Limits(
+            max_header_bytes=int(self.max_header),
+            max_tensors=self.max_tensors,
+            max_snapshots=self.max_snapshots,
+            max_tensor_bytes=int(self.max_tensor),
+            max_body_bytes=int(self.max_body),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or host name only reaches this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

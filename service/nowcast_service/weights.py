@@ -1,0 +1,340 @@
+"""Trained weights by name: the shipped checkpoint, and the published ones fetched from their authors' repository.
+
+A published file is downloaded once into the cache folder (``NOWCAST_CACHE``, else ``~/.cache/nowcast``), resumed where
+a connection broke, and taken only when its content has the git blob id it has in the repository. It is checked again
+each time it is loaded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.resources
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+from nowcast_proto.errors import NotFound, TooLarge, Unavailable, UnreadableFile
+
+from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "nowcast-h32"
+"""The checkpoint that ships with the package."""
+OWNER, REPOSITORY, REVISION, FOLDER = "SamsungSAILMontreal", "nino", "main", "checkpoints"
+BASE_URL = f"https://raw.githubusercontent.com/{OWNER}/{REPOSITORY}/{REVISION}/{FOLDER}"
+"""Where the published files lie; ``NOWCAST_WEIGHTS_URL`` names a mirror instead."""
+MAX_BYTES = 256 << 20
+ATTEMPTS = 5
+"""Attempts in a row that bring nothing before a download is given up."""
+Progress = Callable[[int, int | None], None]
+"""Called with (bytes so far, bytes in all or None)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One published file.
+
+    Attributes:
+        name: What it is called here, the file's stem.
+        blob: Git blob id, SHA-1 of ``blob <size>\\0`` and the content.
+        about: One line about it.
+        sha256: SHA-256 of the content, where known.
+    """
+
+    name: str
+    blob: str
+    about: str
+    sha256: str | None = None
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name}.pt"
+
+
+PUBLISHED = {
+    entry.name: entry
+    for entry in (
+        Published("nino", "4a43e3037e3664e92f8870f57bcbecb64d41779c", "NiNo for models with the GPT-2 vocabulary"),
+        Published("nino_h32", "38641d42ae9acacf3b68d0642e6dfc8eecf46cd5", "the same, 32 wide"),
+        Published("nino_towers4", "25baa88e96d0e46224e2e2eaaf00086f9ef5d818", "the same, with 4 towers"),
+        Published("nino_mlp", "85a9fd37ba53abf51133d48de5b28eb941dcd87f", "WNN+, edge-wise, no graph"),
+        Published("nino_mlp_h32", "a83b66987a4ed9c16076a4b05b6134cdb97dd26e", "the same, 32 wide"),
+        Published(
+            "nino_no_posw",
+            "b391c24c036ac0883dcc2c4be61f5938f2dd7030",
+            "NiNo for any model and vocabulary",
+            "2e2186e4a0e50193080eb9074648786ef25cd5ac3149a7df790127fe41101620",
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """``NOWCAST_CACHE``, or ``~/.cache/nowcast``."""
+    return Path(os.environ.get("NOWCAST_CACHE") or Path.home() / ".cache" / "nowcast")
+
+
+def base_url() -> str:
+    """``NOWCAST_WEIGHTS_URL``, or the authors' repository."""
+    return os.environ.get("NOWCAST_WEIGHTS_URL") or BASE_URL
+
+
+def shipped_path() -> Path:
+    """The file of the shipped checkpoint."""
+    return Path(str(importlib.resources.files("nowcast_service") / "checkpoints" / f"{DEFAULT}.safetensors"))
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, the shipped one first."""
+    return (DEFAULT, *PUBLISHED)
+
+
+def cached_path(name: str, cache: Path | None = None) -> Path:
+    """Where a published file lies once it is fetched."""
+    return (cache or cache_folder()) / _published(name).filename
+
+
+def resolve_checkpoint(reference: str | Path, *, fetch: bool = True, progress: Progress | None = None) -> Checkpoint:
+    """Load a checkpoint by path or registered name; registered names come first.
+
+    Args:
+        reference: A name of `names`, or the path of a file.
+        fetch: Whether a published file that is not in the cache is downloaded.
+        progress: Called as a download goes on.
+
+    Raises:
+        NotFound: Neither a file nor a registered name; or a published one not yet fetched, with ``fetch`` false.
+        UnreadableFile: The file is damaged.
+        InvalidCheckpoint: It is no checkpoint that can be evaluated.
+        Unavailable: It could not be downloaded.
+    """
+    name = str(reference)
+    if name == DEFAULT:
+        return replace(load_checkpoint(shipped_path()), source=name)
+    if name in PUBLISHED:
+        path = cached_path(name)
+        if not path.exists():
+            if not fetch:
+                raise NotFound(
+                    f"checkpoint {name!r} is not in {path.parent}", remedy=f"run `nowcast weights pull {name}` first"
+                )
+            pull(name, progress=progress)
+        verify(path, PUBLISHED[name])
+        return replace(load_checkpoint(path), source=name)
+    path = Path(reference)
+    if not path.exists() and not path.suffix and os.sep not in name:
+        raise NotFound(
+            f"checkpoint {name!r} is neither a file nor a registered name", expected="a path, or " + ", ".join(names())
+        )
+    return load_checkpoint(path)
+
+
+def blob_id(path: Path) -> str:
+    """Git blob id of a file."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path, entry: Published) -> None:
+    """Check that a file is the published one.
+
+    Raises:
+        UnreadableFile: It is not, and what it seems to be.
+    """
+    try:
+        found = blob_id(path)
+        if found == entry.blob and entry.sha256:  # SHA-1 alone does not withstand a forger
+            with path.open("rb") as file:
+                strong = hashlib.file_digest(file, "sha256").hexdigest()
+            if strong != entry.sha256:
+                raise UnreadableFile(f"{path} has SHA-256 {strong}", expected=entry.sha256, remedy=_again(path, entry))
+        with path.open("rb") as file:
+            head = file.read(256).lstrip().lower()
+    except OSError as exc:
+        raise UnreadableFile(f"{path} cannot be read: {exc.strerror}", remedy="check the folder") from exc
+    if found == entry.blob:
+        return
+    if head.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not the file"
+    elif head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "is a web page, not the file"
+    else:
+        what = f"has git blob id {found}"
+    raise UnreadableFile(f"{path} {what}", expected=f"git blob id {entry.blob}", remedy=_again(path, entry))
+
+
+def pull(
+    name: str,
+    *,
+    url: str | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    timeout: float = 30.0,
+    pause: float = 0.5,
+) -> Path:
+    """Fetch a published file into the cache, once.
+
+    Args:
+        name: A name of `PUBLISHED`.
+        url: Base URL; see `base_url`.
+        cache: Cache folder; see `cache_folder`.
+        progress: Called with (bytes so far, bytes in all or None).
+        timeout: Seconds without a byte after which a connection counts as broken.
+        pause: Seconds before the second attempt in a row that brought nothing; doubles with each further one.
+
+    Returns:
+        The verified file.
+
+    Raises:
+        NotFound: No such name, or the server has no such file.
+        Unavailable: The server cannot be reached, or keeps breaking off.
+        UnreadableFile: What came is not the published file, or the cache cannot be written.
+        TooLarge: What comes is larger than any checkpoint.
+    """
+    entry = _published(name)
+    target = cached_path(name, cache)
+    address = f"{(url or base_url()).rstrip('/')}/{entry.filename}"
+    if not address.startswith(("http://", "https://")):
+        raise Unavailable(f"weights URL {address!r} is not http(s)", remedy="correct NOWCAST_WEIGHTS_URL")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(f".{target.name}.part")) as part:
+            if target.exists() and blob_id(target) == entry.blob:  # another process may have brought it meanwhile
+                return target
+            resumed = part.seek(0, os.SEEK_END) > 0
+            _download(address, part, progress, timeout=timeout, pause=pause)
+            temporary = Path(part.name)
+            try:
+                verify(temporary, entry)
+            except UnreadableFile:
+                part.truncate(0)
+                if not resumed:
+                    raise
+                # The remains of an earlier attempt may be at fault: once more, from the beginning.
+                log.warning("what was resumed of %s is not the published file, fetching all of it", entry.filename)
+                _download(address, part, progress, timeout=timeout, pause=pause)
+                verify(temporary, entry)
+            os.fsync(part.fileno())
+            os.replace(temporary, target)
+    except UnreadableFile as exc:
+        raise UnreadableFile(
+            f"{address}: what came is not the published file: {exc.message}",
+            expected=exc.expected,
+            remedy="try again later, or set NOWCAST_WEIGHTS_URL to a mirror you trust",
+        ) from exc
+    except OSError as exc:
+        raise UnreadableFile(
+            f"cache {target.parent} cannot be written: {exc.strerror or exc}", remedy="set NOWCAST_CACHE"
+        ) from exc
+    return target
+
+
+def _published(name: str) -> Published:
+    if name not in PUBLISHED:
+        raise NotFound(f"there are no published weights {name!r}", expected="one of " + ", ".join(PUBLISHED))
+    return PUBLISHED[name]
+
+
+def _again(path: Path, entry: Published) -> str:
+    return f"delete {path} and run `nowcast weights pull {entry.name}`"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file at ``path`` for appending and truncating, held by one process at a time."""
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:  # the one who held it has renamed it to its final name
+                same = False
+            if same:
+                try:
+                    yield file
+                finally:
+                    file.flush()
+                    if path.exists() and not path.stat().st_size:
+                        path.unlink()
+                return
+
+
+def _download(address: str, part: BinaryIO, progress: Progress | None, *, timeout: float, pause: float) -> None:
+    """Append to ``part`` until the server has no more, over as many connections as bring something."""
+    fruitless = 0
+    with httpx.Client(follow_redirects=True, timeout=timeout, headers={"Accept-Encoding": "identity"}) as client:
+        while True:
+            have = part.seek(0, os.SEEK_END)
+            try:
+                if _request(client, address, part, have, progress):
+                    return
+                reason = "the connection ended early"
+            except httpx.InvalidURL as exc:
+                raise Unavailable(f"{address} is no URL: {exc}", remedy="correct NOWCAST_WEIGHTS_URL") from exc
+            except httpx.HTTPError as exc:
+                reason = str(exc) or type(exc).__name__
+            part.flush()
+            gained = part.seek(0, os.SEEK_END) > have
+            fruitless = 0 if gained else fruitless + 1
+            if fruitless >= ATTEMPTS:
+                raise Unavailable(
+                    f"{address} could not be fetched: {reason}",
+                    remedy="check the network or set NOWCAST_WEIGHTS_URL; what has come so far is kept",
+                    retry_after=60,
+                )
+            log.info("%s: %s, going on from byte %d", address, reason, part.tell())
+            if fruitless:
+                time.sleep(pause * 2 ** (fruitless - 1))
+
+
+def _request(client: httpx.Client, address: str, part: BinaryIO, have: int, progress: Progress | None) -> bool:
+    """One connection. Returns whether the file is complete now."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with client.stream("GET", address, headers=headers) as reply:
+        if reply.status_code == 416:  # nothing beyond what is here: either all of it, or something else altogether
+            return True
+        if reply.status_code == 404:
+            raise NotFound(f"{address} does not exist", remedy="check NOWCAST_WEIGHTS_URL")
+        if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
+            raise httpx.HTTPError(f"the server answered {reply.status_code}")
+        if reply.status_code not in (200, 206):
+            raise Unavailable(f"{address}: the server answered {reply.status_code}", expected="200 or 206")
+        start = 0
+        if reply.status_code == 206:
+            start = _range_start(reply.headers.get("Content-Range", ""))
+            if start != have:
+                raise Unavailable(f"{address}: the server sent bytes from {start}", expected=f"from {have}")
+        else:
+            part.truncate(0)  # the server does not do ranges
+        length = reply.headers.get("Content-Length", "")
+        total = start + int(length) if length.isascii() and length.isdigit() else None
+        if (total or 0) > MAX_BYTES:
+            raise TooLarge(f"{address} has {total} bytes", expected=f"at most {MAX_BYTES}")
+        done = start
+        for block in reply.iter_raw():  # as it comes: a chunk held back would be lost when the connection breaks
+            done += len(block)
+            if done > MAX_BYTES:
+                part.truncate(0)
+                raise TooLarge(f"{address} has more than {MAX_BYTES} bytes", expected=f"at most {MAX_BYTES}")
+            part.write(block)
+            if progress:
+                progress(done, total)
+        part.flush()
+        return total is None or done == total
+
+
+def _range_start(content_range: str) -> int:
+    unit, _, span = content_range.partition(" ")
+    first = span.partition("-")[0]
+    return int(first) if unit == "bytes" and first.isdigit() else -1
