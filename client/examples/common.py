@@ -1,0 +1,71 @@
+"""What the examples share: real data that every machine has, and their command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+from nowcast_client.demo.text import standard_library
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+def arguments(about: str | None, steps: int, period: int) -> argparse.Namespace:
+    """The options every example has."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--url", default="embedded", help="a running service; embedded starts one (%(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (%(default)s)")
+    parser.add_argument("--period", type=int, default=period, help="steps between nowcasts (%(default)s)")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds a nowcast may hold up training (%(default)s)")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return parser.parse_args()
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """1,797 scanned digits of 8 x 8 pixels, from scikit-learn: three quarters to learn from, the rest held out.
+
+    Returns:
+        Pixels (n, 64) in 0 … 1 and labels (n,), twice.
+    """
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    cut = len(y) * 3 // 4
+    return TensorDataset(x[order[:cut]], y[order[:cut]]), TensorDataset(x[order[cut:]], y[order[cut:]])
+
+
+def classifier(seed: int = 0) -> nn.Sequential:
+    """A small network for the digits."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Part of the data the model gets right."""
+    x, y = data.tensors
+    with torch.no_grad():
+        return (model(x).argmax(1) == y).float().mean().item()
+
+
+class TextWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Windows of the standard library's own source, as bytes, for a causal language model.
+
+    Args:
+        length: Bytes of a window.
+        count: How many windows, spread over the text.
+    """
+
+    def __init__(self, length: int, count: int) -> None:
+        text = standard_library().training
+        starts = torch.linspace(0, len(text) - length, count).long()
+        self._windows = torch.stack([torch.from_numpy(text[s : s + length].copy()) for s in starts.tolist()]).long()
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self._windows[index], "labels": self._windows[index]}

@@ -1,0 +1,26 @@
+"""The training side of Nowcast: stream snapshots out, patch future weights in.
+
+``attach`` and what belongs to it need torch and are loaded on first use; the plain API does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nowcast_client.api import AsyncNowcastClient, NowcastClient
+from nowcast_client.trial import TrialSettings
+
+if TYPE_CHECKING:
+    from nowcast_client.hook import Event, Handle, attach
+
+__all__ = ["AsyncNowcastClient", "Event", "Handle", "NowcastClient", "TrialSettings", "attach"]
+
+_LAZY = ("Event", "Handle", "attach")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from nowcast_client import hook
+
+        return getattr(hook, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

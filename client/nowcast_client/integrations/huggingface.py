@@ -1,0 +1,159 @@
+"""Hugging Face Trainer: ``add_nowcast(trainer, url=..., period=...)`` before ``trainer.train()``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from nowcast_client.hook import Handle, attach
+from nowcast_client.integrations.networks import network
+from nowcast_client.loggers import describe
+
+log = logging.getLogger("nowcast")
+
+
+class NowcastCallback(TrainerCallback, ExportableState):
+    """Attaches when training begins, acts where a step has ended, reports the loss, keeps its state in checkpoints.
+
+    The loss is read off the model's output at every forward pass in training, so that a patch can be judged step by
+    step. Where the output has none, or the model is compiled as a whole, the averages the Trainer logs are taken: log
+    often enough then (a few times within the recovery window).
+
+    Args:
+        url: As in `nowcast_client.attach`.
+        trainer: The Trainer, so that nowcast metrics go through ``trainer.log`` to every integration it reports to.
+            Without it they are added to the Trainer's own next log entry.
+        settings: Everything else `nowcast_client.attach` takes; ``total_steps`` is the Trainer's by default.
+
+    Attributes:
+        handle: The handle while training runs.
+        summary: What `Handle.summary` said when the last training ended.
+    """
+
+    def __init__(self, url: str | None = None, *, trainer: Trainer | None = None, **settings: Any) -> None:
+        self.handle: Handle | None = None
+        self.summary: dict[str, Any] = {}
+        self.saved: dict[str, Any] | None = None
+        self._url = url
+        self._trainer = trainer
+        self._settings = settings
+        self._numbers: dict[str, float] = {}
+        self._pending: list[dict[str, float]] = []
+        self._forward: Any = None
+        self._seen_loss = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the innermost optimizer; go on from a checkpoint's state on resume."""
+        model: nn.Module = kwargs["model"]
+        settings = {"total_steps": state.max_steps, **self._settings}
+        # A model of the library is what it is; one of the user's own may only wrap a network to return its loss.
+        inner = model if hasattr(model, "config") else network(model)
+        self.handle = attach(inner, kwargs["optimizer"], self._url, acts="when_told", metrics=self._take, **settings)
+        self._seen_loss = False
+        saved = self._restored(state)
+        if saved is not None:
+            self.handle.load_state_dict(saved)
+        if not args.torch_compile:  # a hook inside the compiled graph would break it
+            self._forward = model.register_forward_hook(self._observe)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take a snapshot, patch, or judge: between a finished step and the next one."""
+        if self.handle is None:
+            return
+        self.handle.act()
+        pending, self._pending = self._pending, []
+        for numbers in pending:
+            if self._trainer is not None and state.is_world_process_zero:
+                self._trainer.log(numbers)
+            else:
+                self._numbers |= numbers
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the nowcast metrics; take the logged loss where the model shows none."""
+        if self.handle is None or logs is None:
+            return
+        if not self._seen_loss and "loss" in logs:
+            self.handle.observe(float(logs["loss"]), step=max(0, self.handle.step - 1))
+        if self._numbers and "loss" in logs:
+            logs.update(self._numbers)
+            if state.log_history:
+                state.log_history[-1].update(self._numbers)
+            self._numbers = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach and say what was gained."""
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+        if self.handle is not None:
+            self.handle.close()
+            self.summary = self.handle.summary()
+            if state.is_world_process_zero:
+                log.info("%s", describe(self.summary))
+            self.handle = None
+        self.saved = None
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into ``trainer_state.json``; values JSON has no form for stay out of it."""
+        plain = {k: v for k, v in self._settings.items() if v is None or isinstance(v, str | int | float | bool)}
+        saved = self.handle.state_dict() if self.handle is not None else self.saved
+        return {"args": {"url": self._url, **plain}, "attributes": {"saved": saved}}
+
+    def _restored(self, state: TrainerState) -> dict[str, Any] | None:
+        """The state a checkpoint was saved with, whether or not the Trainer restores callbacks from checkpoints."""
+        if state.global_step == 0:
+            return None
+        if self.saved is not None:
+            return self.saved
+        # Typed as a list of callbacks; what a checkpoint holds is a dict by class name.
+        kept: Any = state.stateful_callbacks
+        stored = kept.get(type(self).__name__) if isinstance(kept, dict) else None
+        if isinstance(stored, list):
+            stored = stored[0] if stored else None
+        saved = stored.get("attributes", {}).get("saved") if isinstance(stored, dict) else None
+        return saved if isinstance(saved, dict) else None
+
+    def _observe(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.handle is None or not model.training or not torch.is_grad_enabled():
+            return
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._seen_loss = True
+            self.handle.observe(loss)
+
+    def _take(self, numbers: Mapping[str, float], step: int) -> None:
+        # Called inside act(): logged right after it, when nothing of the hook is under way.
+        self._pending.append(dict(numbers))
+
+
+def add_nowcast(trainer: Trainer, url: str | None = None, **settings: Any) -> NowcastCallback:
+    """Nowcast a Trainer's training: one line before ``trainer.train()``.
+
+    Args:
+        trainer: The Trainer.
+        url: As in `nowcast_client.attach`.
+        settings: Everything else `nowcast_client.attach` takes.
+
+    Returns:
+        The callback, already added.
+    """
+    callback = NowcastCallback(url, trainer=trainer, **settings)
+    trainer.add_callback(callback)
+    return callback

@@ -1,0 +1,110 @@
+"""Lightning: ``Trainer(callbacks=[NowcastCallback(url=..., period=...)])``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+try:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+except ModuleNotFoundError:  # the same code under its older name
+    from pytorch_lightning import LightningModule, Trainer  # type: ignore[assignment]
+    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+
+from nowcast_client.hook import Handle, attach
+from nowcast_client.integrations.networks import network
+from nowcast_client.loggers import describe
+
+log = logging.getLogger("nowcast")
+
+
+class NowcastCallback(Callback):
+    """Attaches when training starts, acts after a batch has ended, reports its loss, keeps its state in checkpoints.
+
+    Weights change only in ``on_train_batch_end``: never between a forward pass and its backward pass, whatever
+    optimizers, closures and manual optimization do inside the batch.
+
+    Args:
+        url: As in `nowcast_client.attach`.
+        settings: Everything else `nowcast_client.attach` takes; ``total_steps`` is the Trainer's by default. With
+            manual optimization, give ``trial=False`` or return the loss from ``training_step``.
+
+    Attributes:
+        handle: The handle while training runs.
+        summary: What `Handle.summary` said when the last training ended.
+    """
+
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
+        self.handle: Handle | None = None
+        self.summary: dict[str, Any] = {}
+        self._url = url
+        self._settings = settings
+        self._saved: dict[str, Any] | None = None
+        self._step_before = 0
+        self._pending: list[tuple[dict[str, float], int]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the innermost optimizers; go on from a checkpoint's state."""
+        total = trainer.estimated_stepping_batches
+        settings = {"total_steps": int(total) if total != float("inf") else None, **self._settings}
+        self.handle = attach(
+            network(pl_module), list(trainer.optimizers), self._url, acts="when_told", metrics=self._take, **settings
+        )
+        if self._saved is not None:
+            self.handle.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember which weights the batch's loss will be of."""
+        if self.handle is not None:
+            self._step_before = self.handle.step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report the loss; then take a snapshot, patch, or judge."""
+        if self.handle is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # Lightning divides the loss of a batch by the number of batches it accumulates.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self.handle.observe(loss.detach() * parts, step=self._step_before)
+        self.handle.act()
+        pending, self._pending = self._pending, []
+        for numbers, step in pending:
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach and say what was gained."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        if self.handle is not None:
+            return self.handle.state_dict()
+        return self._saved or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken up when training starts."""
+        self._saved = state_dict or None
+
+    def _detach(self) -> None:
+        if self.handle is not None:
+            self._saved = self.handle.state_dict()
+            self.handle.close()
+            self.summary = self.handle.summary()
+            log.info("%s", describe(self.summary))
+            self.handle = None
+
+    def _take(self, numbers: Mapping[str, float], step: int) -> None:
+        self._pending.append((dict(numbers), step))

@@ -1,0 +1,111 @@
+"""Where the numbers go: adapters from ``metrics=`` to the loggers people use, and one line for a terminal.
+
+Each takes the user's own logger object; none of these packages is imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+Metrics = Callable[[Mapping[str, float], int], object]
+"""What ``attach(metrics=...)`` takes: numbers by name, and the step."""
+
+
+def to_logging(logger: logging.Logger | None = None, level: int = logging.INFO) -> Metrics:
+    """One line per event to the standard library's logging."""
+    chosen = logger or logging.getLogger("nowcast.metrics")
+    return lambda numbers, step: chosen.log(
+        level, "step %d: %s", step, ", ".join(f"{name}={value:.6g}" for name, value in numbers.items())
+    )
+
+
+def to_tensorboard(writer: Any) -> Metrics:
+    """Scalars to a ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def take(numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return take
+
+
+def to_wandb(run: Any) -> Metrics:
+    """Metrics to a Weights & Biases run, or the module itself, against an axis of their own.
+
+    W&B drops what is logged for an earlier step than the run is at; an own axis keeps a nowcast's numbers whatever the
+    training loop logs in between.
+    """
+    run.define_metric("nowcast/step")
+    run.define_metric("nowcast/*", step_metric="nowcast/step")
+    return lambda numbers, step: run.log({**numbers, "nowcast/step": step})
+
+
+def to_mlflow(mlflow: Any) -> Metrics:
+    """Metrics to MLflow: the module, or an object with its ``log_metrics``."""
+    return lambda numbers, step: mlflow.log_metrics(dict(numbers), step=step)
+
+
+def to_all(*targets: Metrics) -> Metrics:
+    """To several places at once."""
+
+    def take(numbers: Mapping[str, float], step: int) -> None:
+        for target in targets:
+            target(numbers, step)
+
+    return take
+
+
+class ProgressLine:
+    """One line that follows the nowcasts, drawn over itself; only where a terminal is there. Use as ``on_event``.
+
+    Args:
+        stream: Where to draw; stderr by default.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._counts: dict[str, int] = {}
+        self._width = 0
+
+    def __call__(self, event: Any) -> None:
+        """Take an event of the hook."""
+        if not self._live:
+            return
+        self._counts[event.kind] = self._counts.get(event.kind, 0) + 1
+        shown = ("patched", "kept", "rolled_back", "rejected", "skipped", "failed")
+        parts = [f"{self._counts[kind]} {kind.replace('_', ' ')}" for kind in shown if kind in self._counts]
+        line = f"nowcast  step {event.step}  {event.kind.replace('_', ' ')}  ({', '.join(parts) or 'watching'})"
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def close(self) -> None:
+        """Leave the line where it is."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """A summary (`Handle.summary`) in a few sentences, for the end of a training."""
+    told = [
+        f"nowcasting over {summary['steps']} steps: {summary['arrived']} nowcasts of {summary['asked']} asked for",
+        f"{summary['patched']} patches, {summary['kept']} kept, {summary['rolled_back']} undone "
+        f"({summary['harm_steps']} steps lost to them)",
+    ]
+    if summary["shadow"]:
+        told.append(f"{summary['shadow']} only watched")
+    if summary["rejected"]:
+        told.append(f"{summary['rejected']} rejected")
+    told.append(
+        f"{summary['bytes_sent'] / 1e6:.1f} MB sent, {summary['bytes_received'] / 1e6:.1f} MB received, "
+        f"{summary['hook_seconds']:.2f} s taken from the trainer"
+    )
+    for kind in ("skipped", "failed"):
+        told += [f"{kind} {count}x: {reason}" for reason, count in summary[kind].items()]
+    return "; ".join(told)

@@ -1,0 +1,101 @@
+"""When to take a snapshot, and how far ahead to ask for. Pure arithmetic on the count of optimizer steps.
+
+NiNo paper, section 4: five snapshots per period, a nowcast at its end, and a horizon that shrinks with the square of
+the training's progress, from 40 strides at the start to 1 at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from nowcast_client.errors import AttachError
+
+DEFAULT_PERIODS = 10
+"""Length of the horizon schedule where the length of the training is not known: the published one, 40 … 1."""
+MAX_HORIZON = 40
+"""Longest horizon, in strides, the published checkpoints were trained for."""
+SHORTEST_PERIOD, LONGEST_PERIOD = 50, 1000
+"""Between which the default period lies: the shortest that still leaves a trial room, and the published one."""
+
+
+def default_period(total_steps: int | None, context: int) -> int:
+    """Steps between nowcasts where the caller names none.
+
+    A tenth of the training did best in ``docs/results.md``; short trainings gain from periods far below the published
+    1,000 steps.
+
+    Args:
+        total_steps: Length of the training, None where it is not known.
+        context: Snapshots per nowcast; the period is a multiple of it.
+
+    Returns:
+        A tenth of the training, at least 50 and at most 1,000 steps; 1,000 for a training of unknown length.
+    """
+    if total_steps is None:
+        return LONGEST_PERIOD
+    tenth = min(max(total_steps // DEFAULT_PERIODS, SHORTEST_PERIOD), LONGEST_PERIOD)
+    return max(tenth // context, 1) * context if context > 0 else tenth
+
+
+def horizons(periods: int, longest: int = MAX_HORIZON) -> tuple[int, ...]:
+    """Horizon of each nowcast, in strides.
+
+    Args:
+        periods: Number of periods in the training, at least 1.
+        longest: First horizon.
+
+    Returns:
+        ``round(linspace(sqrt(longest), 1, periods) ** 2)``; (40, 33, 26, 21, 16, 11, 8, 5, 3, 1) for ten periods.
+    """
+    if periods <= 1:
+        return (longest,)
+    top = math.sqrt(longest)
+    return tuple(round((top + (1.0 - top) * i / (periods - 1)) ** 2) for i in range(periods))
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Snapshot and nowcast times of one training, in real optimizer steps counted from 1.
+
+    Attributes:
+        period: Steps between nowcasts.
+        context: Snapshots per nowcast, as many as the checkpoint reads.
+        total_steps: Length of the training; without it the schedule spans `DEFAULT_PERIODS` periods and stays at its
+            last horizon afterwards.
+        max_horizon: First horizon of the schedule, in strides.
+    """
+
+    period: int
+    context: int = 5
+    total_steps: int | None = None
+    max_horizon: int = MAX_HORIZON
+    schedule: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise AttachError(f"context={self.context}", expected="at least 2 snapshots per nowcast")
+        if self.period < self.context:
+            raise AttachError(
+                f"period={self.period} is shorter than its {self.context} snapshots",
+                expected=f"a period of at least {self.context} steps",
+            )
+        if self.total_steps is not None and self.total_steps < 1:
+            raise AttachError(f"total_steps={self.total_steps}", expected="a positive number of steps, or None")
+        if self.max_horizon < 1:
+            raise AttachError(f"max_horizon={self.max_horizon}", expected="at least 1 stride")
+        periods = DEFAULT_PERIODS if self.total_steps is None else max(1, self.total_steps // self.period)
+        object.__setattr__(self, "schedule", horizons(periods, self.max_horizon))
+
+    @property
+    def stride(self) -> int:
+        """Steps between snapshots."""
+        return self.period // self.context
+
+    def snapshot_due(self, step: int) -> bool:
+        """Whether a snapshot is taken after this step."""
+        return step > 0 and step % self.stride == 0
+
+    def horizon(self, step: int) -> int:
+        """Horizon, in strides, of a nowcast asked for after this step."""
+        return self.schedule[min(max(step - 1, 0) // self.period, len(self.schedule) - 1)]
