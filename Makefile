@@ -1,0 +1,64 @@
+# `make test` and `make demo` set everything up in .venv first; nothing else needs to be installed but Python 3.11 or newer.
+PYTHON ?= python3
+# What to install for torch, and where from. With TORCH_ARGS="--index-url <an index of CPU wheels>" the CUDA libraries,
+# several gigabytes, stay out; by default pip looks where it is set to look.
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+# Options for pytest, e.g. make test TESTS="tests/unit -k spec"
+TESTS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+
+.PHONY: help setup test demo lint format types wheel up up-gpu observability down clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
+
+setup: $(STAMP) ## Make .venv with everything in it
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (the first time takes some minutes)" >&2
+	@$(PIP) install $(TORCH_ARGS) "$(TORCH)" numpy
+	@$(PIP) install -e ".[dev]"
+	@touch $(STAMP)
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest $(TESTS)
+
+demo: $(STAMP) ## Train a small GPT alone and nowcast, and draw both
+	@$(BIN)/nowcast demo
+
+lint: $(STAMP) ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Put the code into its format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## Check types (strict on proto and client)
+	$(BIN)/mypy
+
+wheel: $(STAMP) ## Build the distribution into dist/
+	$(BIN)/python -m build --wheel
+
+# The newer `docker compose` where there is one, the older `docker-compose` else.
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+up: ## Build and start the service in a container
+	$(COMPOSE) up --build --detach
+
+up-gpu: ## The same on a GPU
+	$(COMPOSE) -f docker-compose.yml -f docker-compose.gpu.yml up --build --detach
+
+observability: ## The service with Prometheus and Grafana beside it
+	$(COMPOSE) --profile observability up --build --detach
+
+down: ## Stop the containers
+	$(COMPOSE) --profile observability --profile train down
+
+clean: ## Remove what was built
+	rm -rf .venv build dist
