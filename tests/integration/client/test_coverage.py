@@ -1,0 +1,49 @@
+"""What the service did with each parameter reaches the training: in the log once, and in the summary."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from nowcast_client.hook import attach
+
+from ...unit.specs.networks import Nano
+from .harness import Server
+
+TOKENS = torch.tensor([[1, 5, 3, 7, 2, 8]])
+
+
+def _train(server: Server, predictor: str) -> dict:
+    torch.manual_seed(0)
+    model = Nano(modern=True, value_layers=(1,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with attach(
+        model, optimizer, server.url, period=10, predictor=predictor, trial=False, wait=120, patch_bound=1e6
+    ) as handle:
+        for _ in range(21):
+            loss = model(TOKENS).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        summary = handle.summary()
+    assert summary["patched"] == 2, summary
+    return summary
+
+
+def test_coverage_is_logged_once_and_summed_up(server: Server, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="nowcast"):
+        coverage = _train(server, "nino")["coverage"]
+    parameters = dict(Nano(modern=True, value_layers=(1,)).named_parameters())
+    lambdas = {f"transformer.h.{layer}.lambdas" for layer in range(2)}
+    assert coverage["parameters"] == {"graph": len(parameters) - 2, "left": 2}
+    assert coverage["elements"] == {"graph": sum(p.numel() for p in parameters.values()) - 2, "left": 2}
+    assert coverage["outside"] == dict.fromkeys(lambdas, "a scalar belongs to no neuron")
+    tables = [record.getMessage() for record in caplog.records if "coverage of family nanogpt" in record.getMessage()]
+    assert len(tables) == 1
+    assert "transformer.h.0.lambdas: a scalar belongs to no neuron" in tables[0]
+
+
+def test_a_predictor_without_a_graph_has_no_coverage(server: Server, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="nowcast"):
+        assert _train(server, "linear")["coverage"] is None
+    assert not [record for record in caplog.records if "coverage" in record.getMessage()]

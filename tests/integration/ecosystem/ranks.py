@@ -1,0 +1,100 @@
+"""Trainings on several ranks, for the tests: every function here runs in a process per rank."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+SETTINGS = {"period": 20, "wait": 20.0, "update_scale": 0.05}
+
+
+def run(job: Callable[..., Any], size: int, folder: Path, *arguments: Any, seconds: float = 120.0) -> list[Any]:
+    """Run ``job(rank, *arguments)`` on every rank; returns what each returned.
+
+    Raises:
+        RuntimeError: A rank failed, or did not end in time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # One process imports everything once; the ranks are its forks.
+    context = mp.get_context("forkserver")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context.set_forkserver_preload([__name__, "nowcast_client.distributed", "torch.distributed.fsdp", job.__module__])
+    processes = [context.Process(target=_main, args=(job, rank, size, str(folder), arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in stuck:
+        processes[rank].kill()
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    if stuck or errors:
+        raise RuntimeError(f"ranks {stuck} hung\n" + "\n".join(errors))
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _main(job: Callable[..., Any], rank: int, size: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        torch.save(job(rank, *arguments), f"{folder}/result-{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        sys.exit(1)
+
+
+def network(widths: tuple[int, ...] = (64, 24, 10)) -> nn.Sequential:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def batches(rank: int, same: bool = False) -> Any:
+    """Endless batches of digits; other ones on every rank unless ``same``."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
+    generator = torch.Generator().manual_seed(0 if same else rank)
+    while True:
+        chosen = torch.randint(0, len(y), (32,), generator=generator)
+        yield x[chosen], y[chosen]
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, handle: Any = None, *, exact: bool = False
+) -> Tensor:
+    """One optimizer step; ``exact`` takes the gradients' signs only, which a step of a power of two adds exactly."""
+    x, y = next(data)
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    if handle is not None:
+        handle.observe(loss)
+    for parameter in model.parameters() if exact else ():
+        parameter.grad.sign_()
+    optimizer.step()
+    return loss.detach()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, whole, on every rank."""
+    return {
+        name.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }

@@ -1,0 +1,153 @@
+"""Runs, verdicts and reports of the evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nowcast_proto.errors import UnreadableFile
+from nowcast_proto.spec import ArchitectureSpec
+from nowcast_service.metatrain.data import load
+from nowcast_service.metatrain.errors import InvalidRecipe
+from nowcast_service.metatrain.evaluate import Arm, Local, Plan, execute, expand, read_arms, read_runs, run
+from nowcast_service.metatrain.report import markdown, paired_p, reports
+from nowcast_service.metatrain.tasks import TASKS
+from nowcast_service.predictors import make_predictor
+from torch import Tensor
+
+TASK = TASKS["digits-mlp"]
+
+
+class Harmful:
+    """Throws the weights away at every nowcast, and counts them."""
+
+    identity = "harmful"
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(
+        self, spec: ArchitectureSpec, snapshots: list[dict[str, Tensor]], k: int, state: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.asked.append(k)
+        assert len(snapshots) == 5
+        return {name: 10 * torch.ones_like(tensor) for name, tensor in snapshots[-1].items()}, state
+
+
+def test_runs_of_one_seed_differ_by_the_arm_alone() -> None:
+    data = load("digits")
+    plain = run(TASK, Arm(lr=3e-3), 1, data, None, steps=40)
+    still = run(TASK, Arm(lr=3e-3, predictor="linear", period=10), 1, data, Local(make_predictor("identity")), steps=40)
+    assert still["nowcasts"] == still["kept"] == 4
+    assert [point[:2] for point in still["curve"]] == [point[:2] for point in plain["curve"]]
+    assert run(TASK, Arm(lr=3e-3), 2, data, None, steps=40)["final"] != plain["final"]
+    linear = run(TASK, Arm(lr=3e-3, predictor="linear", period=10), 1, data, Local(make_predictor("linear")), steps=40)
+    assert linear["final"] != plain["final"]
+
+
+def test_horizons_follow_the_schedule_and_the_gates() -> None:
+    data, ask = load("digits"), Harmful()
+    run(TASK, Arm(predictor="linear", period=10), 1, data, ask, steps=100)
+    assert ask.asked == [40, 33, 26, 21, 16, 11, 8, 5, 3, 1]
+    ask = Harmful()
+    run(TASK, Arm(predictor="linear", period=10, stop_at=0.5, farthest=9), 1, data, ask, steps=100)
+    assert len(ask.asked) == 5
+    assert ask.asked[0] == 9
+    ask = Harmful()
+    run(TASK, Arm(predictor="linear", period=10, schedule="cosine", lr_gate=0.5), 1, data, ask, steps=100)
+    assert len(ask.asked) == 5  # cosine is at half its peak half-way
+
+
+def test_a_harmful_nowcast_is_undone_on_trial_and_only_then() -> None:
+    data, always, trial = load("digits"), Harmful(), Harmful()
+    kept = run(TASK, Arm(predictor="linear", period=100), 1, data, always, steps=200)
+    undone = run(TASK, Arm(predictor="linear", period=100, verdict="trial"), 1, data, trial, steps=200)
+    plain = run(TASK, Arm(), 1, data, None, steps=200)
+    assert kept["kept"] == kept["nowcasts"] == 2
+    assert undone["kept"] == 0
+    assert undone["nowcasts"] >= 1
+    assert kept["final"] > 2 * plain["final"]
+    assert undone["final"] < 1.5 * plain["final"]
+
+
+def test_a_good_nowcast_stays_on_trial() -> None:
+    line = run(
+        TASK,
+        Arm(predictor="linear", period=100, verdict="trial"),
+        1,
+        load("digits"),
+        Local(make_predictor("identity")),
+        steps=160,
+    )
+    assert line["kept"] == line["nowcasts"] == 1
+
+
+def test_results_are_resumed_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+    out = tmp_path / "runs.jsonl"
+    plan = Plan((TASK,), (Arm(lr=1e-3), Arm(lr=3e-3)), (1,), 20)
+    assert execute(plan, out, lambda _: None) == 2
+    with out.open("a") as file:
+        file.write('{"key": "cut sho')
+    assert execute(Plan((TASK,), plan.arms, (1, 2), 20), out, lambda _: None) == 2
+    assert [line["seed"] for line in read_runs(out)] == [1, 1, 2, 2]
+    out.write_text("no json\n" + out.read_text())
+    with pytest.raises(UnreadableFile, match="line 1"):
+        read_runs(out)
+
+
+def test_arms_multiply_out(tmp_path: Path) -> None:
+    arms = list(expand({"predictor": "nino", "lr": [1e-3, 2e-3], "period": [50, 100, 200]}))
+    assert len(arms) == 6
+    assert {(arm.lr, arm.period) for arm in arms} == {(r, p) for r in (1e-3, 2e-3) for p in (50, 100, 200)}
+    path = tmp_path / "arms.json"
+    path.write_text(json.dumps([{"predictor": "magic"}]))
+    with pytest.raises(InvalidRecipe, match="no arm"):
+        read_arms(path)
+    path.write_text("{}")
+    with pytest.raises(InvalidRecipe, match="not a list"):
+        read_arms(path)
+
+
+def line(seed: int, final: float, curve: list[tuple[int, float]], **arm: Any) -> dict[str, Any]:
+    made = 0 if arm.get("predictor", "none") == "none" else 4
+    kept = arm.pop("kept", made)
+    return {
+        "key": f"{seed}{arm}", "task": "half-16", "arm": Arm(**arm).model_dump(mode="json"), "seed": seed, "steps": 100,
+        "curve": [[s, m, s / 10] for s, m in curve], "final": final, "train_loss": 1.0, "nowcasts": made, "kept": kept,
+        "training_seconds": 10.0, "nowcast_seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tuned_adamw() -> None:
+    runs = [line(s, 50 + s, [(50, 40.0), (100, 50 + s)], lr=1e-3) for s in (1, 2, 3)]
+    runs += [line(s, 30.0, [(50, 20.0), (100, 30.0)], lr=1e-2) for s in (1, 2, 3)]
+    runs += [line(s, 60.0 + s, [(50, 55.0), (100, 60.0 + s)], lr=1e-3, predictor="lawa") for s in (1, 2, 3)]
+    runs += [line(1, 52.0, [(100, 52.0)], predictor="snoo"), line(2, 41.0, [(100, 41.0)], predictor="snoo")]
+    runs += [line(s, math.nan, [(50, 10.0)], predictor="linear", kept=1) for s in (1, 2, 3)]
+    (report,) = reports(runs)
+    assert report.baseline.arm.lr == 1e-3
+    assert report.target == 52.0
+    rows = {row.arm.predictor: row for row in report.rows if row.arm.predictor != "none"}
+    assert report.baseline.steps == 100
+    assert (rows["lawa"].steps, rows["lawa"].seconds) == (50, 5.0)
+    assert rows["snoo"].steps == math.inf  # one of two seeds missed
+    assert rows["linear"].steps == math.inf
+    assert rows["lawa"].p_value == 0.25  # all three seeds better: as far as three seeds can go
+    table = markdown([report])
+    assert "-50 %" in table
+    assert "(gated off)" in next(row for row in table.splitlines() if "linear" in row)
+    assert "∞" in next(row for row in table.splitlines() if "snoo" in row)
+
+
+def test_the_paired_test_is_exact() -> None:
+    one = [line(s, 10.0 + s, [], lr=1e-3) for s in range(5)]
+    other = [line(s, 9.0 + s / 2, [], lr=1e-3) for s in range(5)]
+    assert paired_p(one, other) == pytest.approx(2 / 32)
+    assert paired_p(one, one) == 1.0
+    assert paired_p(one[:1], other) is None
+    mixed = [line(s, 9.0 + s / 2 + (2 if s % 2 else -2), [], lr=1e-3) for s in range(4)]
+    assert paired_p(mixed, other[:4]) == 1.0

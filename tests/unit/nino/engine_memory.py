@@ -1,0 +1,35 @@
+"""Prints by how much one prediction raises the peak memory of this process, and the size of its results, in bytes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nowcast_service.nino.engine import ExactEngine
+
+from .random_graphs import random_checkpoint, random_graph, random_history, random_positions
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def main(budget: int) -> None:
+    graph = random_graph(9, nodes=4000, largest=900, features=4, blocks=12)
+    checkpoint = random_checkpoint(hidden=64, layers=4)
+    history, positions = random_history(graph.spec), random_positions(graph)
+    engine = ExactEngine(checkpoint, memory_budget=budget, threads=2)
+    small = random_graph(1)
+    engine.predict(small, random_history(small.spec), [1], positions=random_positions(small))  # load the libraries
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    result = engine.predict(graph, history, [1], positions=positions)[0]
+    grown = status("VmHWM") - before
+    sys.stdout.write(f"{grown} {sum(t.numel() * 4 for t in result.values())}\n")
+    sys.stderr.write(f"{graph.n_edges} edges\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,173 @@
+"""Admission, deadlines, draining: the engine on its own, with work that waits for the test."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import CancelledError
+
+import pytest
+from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, InvalidSnapshot, TooLarge, Unavailable
+from nowcast_service.engine import Engine
+
+
+@pytest.fixture
+def engine():
+    made = Engine(max_jobs=3, max_jobs_per_tenant=2)
+    made.start()
+    yield made
+    made.stop()
+
+
+class Gate:
+    """Work that holds the device until it is opened."""
+
+    def __init__(self) -> None:
+        self.begun, self.open = threading.Event(), threading.Event()
+
+    def __call__(self) -> str:
+        self.begun.set()
+        assert self.open.wait(10)
+        return "done"
+
+
+def eventually(condition) -> bool:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_jobs_run_one_after_the_other_in_order(engine: Engine):
+    order, gate = [], Gate()
+    first = engine.submit(engine.admit("a"), gate, seconds=10)
+    jobs = [engine.submit(engine.admit(t), lambda i=i: order.append(i), seconds=10) for i, t in enumerate("ab")]
+    assert gate.begun.wait(5)
+    assert (first.state, jobs[0].state) == ("running", "queued")
+    assert [engine.before(job) for job in (first, *jobs)] == [0, 1, 2]
+    assert order == []
+    gate.open.set()
+    assert first.result() == "done"
+    for job in jobs:
+        job.result()
+    assert order == [0, 1]
+    assert eventually(lambda: engine.idle)
+
+
+def test_places_are_bounded_in_all_and_per_tenant(engine: Engine):
+    mine = [engine.admit("a"), engine.admit("a")]
+    with pytest.raises(Busy, match="this key") as caught:
+        engine.admit("a")
+    assert caught.value.retry_after >= 1
+    other = engine.admit("b")
+    with pytest.raises(Busy, match="3 nowcasts"):
+        engine.admit("c")
+    other.release()
+    other.release()  # only once
+    engine.admit("c")
+    with pytest.raises(Busy):
+        engine.admit("d")
+    for place in mine:
+        place.release()
+
+
+def test_an_abandoned_job_frees_its_place_only_when_the_device_is_done_with_it(engine: Engine):
+    gate = Gate()
+    running = engine.submit(engine.admit("a"), gate, seconds=10)
+    queued = engine.submit(engine.admit("a"), lambda: pytest.fail("ran"), seconds=10)
+    assert gate.begun.wait(5)
+    engine.abandon(queued)
+    with pytest.raises(CancelledError):
+        queued.result()
+    engine.admit("a").release()  # the queued one's place is free at once
+    engine.abandon(running)
+    assert running.state == "running"
+    place = engine.admit("a")
+    with pytest.raises(Busy):  # the running one's is not
+        engine.admit("a")
+    gate.open.set()
+    assert eventually(lambda: running.state == "done")
+    engine.admit("a").release()
+    place.release()
+
+
+def test_a_job_past_its_deadline_never_runs(engine: Engine):
+    gate = Gate()
+    engine.submit(engine.admit("a"), gate, seconds=10)
+    late = engine.submit(engine.admit("a"), lambda: pytest.fail("ran"), seconds=0.01)
+    time.sleep(0.05)
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result()
+
+
+def test_failures_are_typed_and_disclose_nothing(engine: Engine):
+    def fails(error: Exception):
+        def work():
+            raise error
+
+        return engine.submit(engine.admit("a"), work, seconds=10)
+
+    with pytest.raises(InvalidSnapshot, match="named"):
+        fails(InvalidSnapshot("named")).result()
+    with pytest.raises(InternalError) as caught:
+        fails(RuntimeError("secret path /x")).result()
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TooLarge):
+        fails(MemoryError()).result()
+    assert engine.submit(engine.admit("a"), lambda: 1, seconds=10).result() == 1
+
+
+def test_draining_refuses_new_work_and_finishes_the_old(engine: Engine):
+    gate = Gate()
+    job = engine.submit(engine.admit("a"), gate, seconds=10)
+    engine.drain()
+    with pytest.raises(Unavailable) as caught:
+        engine.admit("a")
+    assert caught.value.retry_after
+    assert not engine.idle
+    gate.open.set()
+    assert job.result() == "done"
+    assert eventually(lambda: engine.idle)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_job_worked_on_is_freed_with_it(engine: Engine, fails: bool):
+    """Without the cycle collector: a history may be gigabytes."""
+
+    class History:
+        pass
+
+    history = History()
+    gone = weakref.ref(history)
+
+    def work(held=history):
+        if fails:
+            raise InvalidSnapshot("no")
+        return held.__class__.__name__
+
+    gc.disable()
+    try:
+        job = engine.submit(engine.admit("a"), work, seconds=10, ended=lambda job: None)
+        del work, history
+        assert eventually(job.future.done)
+        for _ in range(2):
+            if fails:
+                with pytest.raises(InvalidSnapshot):
+                    job.result()
+            else:
+                assert job.result() == "History"
+        assert eventually(lambda: gone() is None)
+    finally:
+        gc.enable()
+
+
+def test_an_observer_that_fails_does_not_end_the_worker(engine: Engine):
+    def broken(job):
+        raise RuntimeError("observer")
+
+    engine.submit(engine.admit("a"), lambda: 1, seconds=10, ended=broken).result()
+    assert engine.submit(engine.admit("a"), lambda: 2, seconds=10).result() == 2
+    assert engine.alive

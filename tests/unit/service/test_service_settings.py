@@ -1,0 +1,102 @@
+"""Settings, keys and log lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+from nowcast_proto.errors import Unauthorized, UnreadableFile
+from nowcast_service.logs import FIELDS, JsonFormatter, TextFormatter
+from nowcast_service.security import ANONYMOUS, KeyRing, hash_key, new_key
+from nowcast_service.settings import Settings, is_loopback
+from pydantic import ValidationError
+
+
+def test_environment_and_units(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NOWCAST_BUDGET", "512MiB")
+    monkeypatch.setenv("NOWCAST_API_KEY_HASHES", f"a:{'0' * 64}, b:{'1' * 64}")
+    monkeypatch.setenv("NOWCAST_CHECKPOINT", "")  # what a compose file passes for a variable that is not set
+    settings = Settings()
+    assert settings.budget == 512 * 2**20
+    assert settings.api_key_hashes == (f"a:{'0' * 64}", f"b:{'1' * 64}")
+    assert settings.checkpoint is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_other_machines_need_a_key_or_a_clear_word(host: str):
+    with pytest.raises(ValidationError, match="without keys"):
+        Settings(host=host)
+    assert Settings(host=host, allow_anonymous=True).host == host
+    assert Settings(host=host, api_key="long enough").has_keys
+    assert Settings(host=host, unix_socket="/tmp/x.sock").unix_socket
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(host: str):
+    assert is_loopback(host)
+    assert not Settings(host=host).has_keys
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValidationError, match="go together"):
+        Settings(tls_key="key.pem")
+    with pytest.raises(ValidationError, match="8 characters"):
+        Settings(api_key="short")
+    with pytest.raises(ValidationError):
+        Settings(port=70000)
+
+
+def test_keys_of_all_sources(tmp_path):
+    one, two, three = new_key(), new_key(), "a shared secret"
+    file = tmp_path / "keys"
+    file.write_text(f"# keys\n\nalice:{hash_key(one)} # first\nalice:{hash_key(two)}\n")
+    ring = KeyRing.of(Settings(api_keys_file=file, api_key=three, api_key_hashes=f"bob:{hash_key('b' * 20)}"))
+    for key, tenant in ((one, "alice"), (two, "alice"), (three, "default"), ("b" * 20, "bob")):
+        assert ring.tenant(f"Bearer {key}") == tenant
+    for wrong in (None, "", "Bearer", f"Basic {one}", f"Bearer {one}x", f"Bearer {hash_key(one)}", "Bearer é"):
+        with pytest.raises(Unauthorized):
+            ring.tenant(wrong)
+    assert KeyRing().tenant("Bearer ") == ANONYMOUS
+
+
+@pytest.mark.parametrize("line", ["secret-in-the-clear", "alice:abc", f"{'0' * 64}", f"al ice:{'0' * 64}"])
+def test_malformed_entries_are_refused_without_repeating_them(tmp_path, line: str):
+    file = tmp_path / "keys"
+    file.write_text(line + "\n")
+    with pytest.raises(UnreadableFile) as caught:
+        KeyRing.of(Settings(api_keys_file=file))
+    assert line not in str(caught.value)
+
+
+def test_missing_and_empty_key_files_are_errors(tmp_path):
+    with pytest.raises(UnreadableFile, match="cannot be read"):
+        KeyRing.of(Settings(api_keys_file=tmp_path / "none"))
+    (tmp_path / "empty").write_text("# nobody\n")
+    with pytest.raises(UnreadableFile, match="none is listed"):
+        KeyRing.of(Settings(api_keys_file=tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("style", [JsonFormatter, TextFormatter])
+def test_log_lines_carry_fields_and_tracebacks(style):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(style())
+    log = logging.Logger("test")
+    log.addHandler(handler)
+    log.info("said %s", "so", extra={FIELDS: {"route": "/x", "status": 200}})
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        log.exception("failed", extra={FIELDS: {"route": "/y"}})
+    first, *rest = stream.getvalue().splitlines()
+    if style is JsonFormatter:
+        entry = json.loads(first)
+        assert (entry["message"], entry["route"], entry["status"], entry["level"]) == ("said so", "/x", 200, "info")
+        assert "ValueError: inner" in json.loads(rest[0])["exception"]
+        assert len(rest) == 1
+    else:
+        assert first.endswith("said so [route=/x status=200]")
+        assert rest[0].endswith("failed [route=/y]")
+        assert rest[-1] == "ValueError: inner"
