@@ -27,6 +27,7 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds per arm, the first of the fixed list.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Length of a run where it is not the task's.")] = None,
+    until_target: Annotated[bool, typer.Option(help="End a run where it reaches the task's published target.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write Markdown tables here, and a plot per task beside.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10.")] = None,
     url: Annotated[str | None, typer.Option(help="Ask this server for nowcasts instead of predicting here.")] = None,
@@ -49,7 +50,7 @@ def evaluate(
     if tasks:
         if arms is None:
             raise InvalidRecipe("--task needs --arms", expected="a JSON file of arms, see docs/metatraining.md")
-        plan = Plan(tuple(task(name) for name in tasks), read_arms(arms), SEEDS[:seeds], steps)
+        plan = Plan(tuple(task(name) for name in tasks), read_arms(arms), SEEDS[:seeds], steps, until_target)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             runs = progress.add_task("runs", total=len(plan))

@@ -235,7 +235,7 @@ def collect(
     overall = progress.add_task("shards", total=len(jobs)) if progress else None
     new: list[Shard] = []
     for position, group in jobs:
-        key = f"{recipe.seed}/{position}/{hashlib.sha256(group.model_dump_json().encode()).hexdigest()[:12]}"
+        key = f"{recipe.seed}/{position}/{group.digest}"
         if not store.has(key):
             new.append(_collect_group(group, key, recipe.seed, store, data, torch.device(device), precision, progress))
         if progress and overall is not None:

@@ -1,9 +1,9 @@
 """Real data for small trainings: images and text, with a digest of what was read.
 
-CIFAR-10 and tinyshakespeare are read from a folder the user names; scikit-learn's digits and the standard library's
-own source are on every machine. Sources are named by strings, so recipes and manifests can hold them:
-``cifar10@16`` (averaged down to 16 x 16), ``cifar10@32``, ``digits``, ``shakespeare:bytes``, ``stdlib:bytes``,
-``shakespeare:words2000``.
+CIFAR-10 and tinyshakespeare are read from a folder the user names; scikit-learn's digits, the standard library's own
+source (``stdlib``), PyTorch's C++ headers (``headers``) and SymPy's source (``sympy``, which comes with PyTorch) are on
+every machine. Sources are named by strings, so recipes and manifests can hold them: ``cifar10@16`` (averaged down to
+16 x 16), ``cifar10@32``, ``digits``, ``shakespeare:bytes``, ``headers:bytes``, ``shakespeare:words2000``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,26 @@ from torch import Tensor
 from nowcast_service.metatrain.errors import InvalidRecipe
 
 CIFAR_FILES = ("cifar10_train_jpeg.npz", "cifar10_test_jpeg.npz")
-STDLIB_BYTES = 4_000_000
-"""How much of the standard library's source is read: enough that a short run never sees a byte twice."""
+CODE_BYTES = 4_000_000
+"""How much of a body of source code is read: enough that a short run never sees a byte twice."""
+
+
+def _stdlib() -> tuple[Path, tuple[str, ...]]:
+    return Path(sysconfig.get_path("stdlib")), ("*.py", "[a-s]*/*.py")
+
+
+def _headers() -> tuple[Path, tuple[str, ...]]:
+    return Path(torch.__file__).parent / "include", ("**/*.h",)
+
+
+def _sympy() -> tuple[Path, tuple[str, ...]]:
+    import sympy  # comes with torch
+
+    return Path(sympy.__file__).parent, ("**/*.py",)
+
+
+CODE = {"stdlib": _stdlib, "headers": _headers, "sympy": _sympy}
+"""Bodies of source code: where they lie, and the files to read."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +138,13 @@ def load(source: str, folder: str | None = None) -> Images | Text:
             raise UnreadableFile(
                 f"{path} cannot be read: {exc.strerror}", remedy="give --data the folder that holds it"
             ) from exc
-        return _tokens(source, raw, variant or "bytes")
-    if corpus == "stdlib":
-        return _tokens(source, _stdlib_source(), variant or "bytes")
+        return _tokens(source, raw, variant)
+    if corpus in CODE:
+        root, patterns = CODE[corpus]()
+        return _tokens(source, _joined(root, patterns), variant)
     raise InvalidRecipe(
         f"no data source is called {source!r}",
-        expected="cifar10[@size], digits, shakespeare[:tokens] or stdlib[:tokens]",
+        expected=f"cifar10[@size], digits, or a text ({', '.join(('shakespeare', *CODE))}) with or without :tokens",
     )
 
 
@@ -181,24 +200,22 @@ def _normalised(source: str, digest: str, train_x: Tensor, train_y: Tensor, test
     )
 
 
-def _stdlib_source() -> bytes:
-    """Source of the standard library in file-name order, cut at `STDLIB_BYTES`."""
-    root = Path(sysconfig.get_path("stdlib"))
+def _joined(root: Path, patterns: tuple[str, ...]) -> bytes:
+    """Files below a folder in file-name order, without tests and generated or installed files, cut at `CODE_BYTES`."""
     parts: list[bytes] = []
     size = 0
-    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-s]*/*.py")):
-        if "site-packages" in path.parts or "test" in path.parts:
-            continue
-        raw = path.read_bytes()
-        parts.append(raw)
-        size += len(raw)
-        if size >= STDLIB_BYTES:
+    for path in (path for pattern in patterns for path in sorted(root.glob(pattern))):
+        if size >= CODE_BYTES:
             break
-    return b"\n".join(parts)[:STDLIB_BYTES]
+        if not {"test", "tests", "site-packages", "ops"} & set(path.relative_to(root).parts):
+            parts.append(path.read_bytes())
+            size += len(parts[-1])
+    return b"\n".join(parts)[:CODE_BYTES]
 
 
 def _tokens(source: str, raw: bytes, tokens: str) -> Text:
     digest = hashlib.sha256(raw).hexdigest()
+    tokens = tokens or "bytes"
     if tokens == "bytes":
         ids = torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
         vocabulary = 256

@@ -134,9 +134,10 @@ class Local:
         return self.predictor.predict(History.of(spec, snapshots), k, state or None)
 
 
-def run_key(task: Task, arm: Arm, seed: int, steps: int, identity: str = "") -> str:
+def run_key(task: Task, arm: Arm, seed: int, steps: int, identity: str = "", *, until_target: bool = False) -> str:
     """What identifies a run: an unchanged line is not run again."""
     parts = [task.model_dump(mode="json"), arm.model_dump(mode="json"), seed, steps, identity]
+    parts += ["until target"] * until_target
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -149,6 +150,7 @@ def run(
     predict: Predict | None,
     *,
     steps: int | None = None,
+    until_target: bool = False,
     device: str = "cpu",
     on_step: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -161,6 +163,7 @@ def run(
         data: The task's source, on `device`.
         predict: Where nowcasts come from; None for the arm without.
         steps: Length of the run where it is not the task's.
+        until_target: End the run where it reaches the task's target; schedules stay those of the whole run.
         device: Where to train.
         on_step: Called with every step.
 
@@ -230,9 +233,12 @@ def run(
         on_step(step)
         if not math.isfinite(value):
             break
-    final = curve[-1][1] if curve and curve[-1][0] == steps else math.nan
+        reached = until_target and task.target is not None and curve and task.better(curve[-1][1], task.target)
+        if reached:
+            break
+    final = curve[-1][1] if curve and curve[-1][0] == step and math.isfinite(value) else math.nan
     return {
-        "key": run_key(task, arm, seed, steps, predict.identity if predict else ""),
+        "key": run_key(task, arm, seed, steps, predict.identity if predict else "", until_target=until_target),
         "task": task.name,
         "arm": arm.model_dump(mode="json"),
         "weights": predict.identity if predict else "",
@@ -359,6 +365,7 @@ class Plan:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     steps: int | None = None
+    until_target: bool = False
 
     def __iter__(self) -> Iterator[tuple[Task, Arm, int]]:
         for task in self.tasks:
@@ -400,14 +407,22 @@ def execute(
     for task, arm, seed in plan:
         steps = plan.steps or task.steps
         predict = predicts[arm]
-        key = run_key(task, arm, seed, steps, predict.identity if predict else "")
+        key = run_key(task, arm, seed, steps, predict.identity if predict else "", until_target=plan.until_target)
         if key in done:
             on_run(done[key])
             continue
         source = load(task.source, data)
         _check_fit(task, source)
         line = run(
-            task, arm, seed, source.to(torch.device(device)), predict, steps=steps, device=device, on_step=on_step
+            task,
+            arm,
+            seed,
+            source.to(torch.device(device)),
+            predict,
+            steps=steps,
+            until_target=plan.until_target,
+            device=device,
+            on_step=on_step,
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:

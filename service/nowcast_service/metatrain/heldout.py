@@ -10,13 +10,14 @@ from nowcast_service.metatrain.data import corpus_of
 from nowcast_service.metatrain.errors import InvalidRecipe
 from nowcast_service.metatrain.zoo import Arch
 
-HELD_OUT_CORPORA = frozenset({"stdlib"})
-"""Texts of the demo and of the held-out text tasks: no trajectory of any architecture reads them."""
+HELD_OUT_CORPORA = frozenset({"stdlib", "sympy"})
+"""Texts of the demo, of the held-out text tasks and of the validation task: no trajectory of any architecture reads
+them."""
 
 HELD_OUT_KINDS = frozenset({"vit"})
 """Architectures no trajectory shows at all."""
 
-HELD_OUT_CONVNETS = frozenset({(16, 32, 32), (24, 48, 48), (32, 64, 64)})
+HELD_OUT_CONVNETS = frozenset({(16, 32, 32), (24, 48, 48), (32, 64, 64), (14, 28, 28)})
 """Convolutional widths held out on CIFAR-10, with and without batch norm, at every resolution."""
 
 HELD_OUT_MLPS = frozenset({(48, 48)})

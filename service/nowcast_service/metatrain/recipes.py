@@ -6,9 +6,10 @@ becomes one shard.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nowcast_proto.errors import UnreadableFile
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -50,6 +51,11 @@ class Group(BaseModel):
     every: PositiveInt = 20
     batch: PositiveInt = 64
 
+    @property
+    def digest(self) -> str:
+        """Names the group in a trajectory folder; a field added later, left at its default, changes nothing."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:12]
+
 
 class Recipe(BaseModel):
     """Groups in the order they are collected: the most wanted first, so that a run cut short is still useful.
@@ -79,41 +85,55 @@ def _llama(layers: int, dim: int, heads: int, kv_heads: int, vocabulary: int = 2
     )
 
 
+def _mlp(*widths: int, source: str) -> Arch:
+    return Arch(kind="mlp", widths=widths, channels=1 if source == "digits" else 3, size=8)
+
+
 def _cpu() -> Recipe:
-    """About an hour and a half of one CPU core: small images, short contexts, widths below the held-out ones."""
-    text_lr = (3e-4, 6e-3)
-    first = (
-        Group(arch=_conv(8, 16, 16), source="cifar10@16", models=6, lr=(1e-3, 1.2e-2)),
-        Group(arch=_gpt2(2, 24, 3), source="shakespeare:bytes", lr=text_lr, batch=8),
-        Group(arch=_conv(12, 24, 24, norm=True), source="cifar10@16", lr=(1e-3, 1.2e-2)),
-        Group(arch=Arch(kind="mlp", widths=(32, 32), size=8), source="cifar10@8", models=6, lr=(5e-4, 1e-2)),
-        Group(arch=_llama(2, 24, 4, 2), source="shakespeare:bytes", lr=text_lr, batch=8),
-        Group(arch=_conv(12, 24, 24), source="cifar10@16", lr=(1e-3, 1.2e-2)),
-        Group(arch=_conv(8, 16, channels=1, size=8), source="digits", models=6, lr=(1e-3, 2e-2), steps=1500),
+    """For one CPU core: small images, short contexts, small vocabularies, widths beside the held-out ones."""
+
+    def images(arch: Arch, models: int, **fields: Any) -> Group:
+        source = f"cifar10@{arch.size}"
+        return Group(
+            **{"lr": (7e-4, 1.5e-2), "every": 10, "steps": 1500} | fields, arch=arch, source=source, models=models
+        )
+
+    def digits(arch: Arch, models: int, **fields: Any) -> Group:
+        defaults = {"lr": (1e-3, 2e-2), "every": 10, "steps": 1000, "batch": 32}
+        return Group(**defaults | fields, arch=arch, source="digits", models=models)
+
+    def text(arch: Arch, source: str, models: int, **fields: Any) -> Group:
+        tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
+        defaults = {"lr": (4e-4, 1e-2), "every": 10, "steps": 1500, "batch": 8}
+        return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}", models=models)
+
+    return Recipe(
+        groups=(
+            images(_conv(8, 16, 16), 8, batch=32),
+            text(_gpt2(2, 24, 3, context=32), "shakespeare", 8),
+            images(_conv(12, 24, 24), 4),
+            images(_mlp(32, 32, source="cifar10"), 8, steps=2000),
+            text(_gpt2(2, 16, 2, 128, 32), "headers", 16),
+            digits(_conv(8, 16, channels=1, size=8), 8),
+            images(_conv(12, 24, 24, norm=True), 4),
+            text(_llama(2, 16, 4, 2, 128, 32), "headers", 12),
+            images(_conv(16, 32, 24, size=8), 6, batch=128),
+            text(_llama(2, 24, 4, 2, context=32), "shakespeare", 4),
+            images(_conv(16, 24, 32), 4),
+            digits(_mlp(24, source="digits"), 12),
+            images(_conv(8, 16, 16, norm=True), 8, batch=32),
+            text(_gpt2(2, 32, 4, context=32), "headers", 4),
+            images(_conv(10, 20, 20), 4, lr=(1e-2, 1e-1), optimizer="sgd", weight_decay=(0.0, 5e-4), batch=32),
+            images(_conv(12, 12, 24, 24), 4, batch=32),
+            text(_gpt2(3, 20, 2, 96, 32), "shakespeare", 8),
+            images(_conv(20, 40, 40, norm=True, size=8), 4),
+            images(_mlp(48, 24, source="cifar10"), 8, steps=2000),
+            digits(_conv(12, 24, 12, channels=1, size=8, norm=True), 8),
+            text(_llama(3, 16, 2, 2, 96, 32), "shakespeare", 6),
+            images(_conv(16, 24, 32, norm=True), 4, batch=32),
+            images(_conv(20, 40, 40, size=8), 4),
+        )
     )
-    more = (
-        Group(arch=_conv(16, 24, 32), source="cifar10@16", lr=(1e-3, 1.2e-2)),
-        Group(arch=_gpt2(3, 16, 2, 512), source="shakespeare:words512", lr=text_lr, batch=8),
-        Group(arch=_conv(8, 16, 16, norm=True), source="cifar10@16", models=6, lr=(1e-3, 1.2e-2)),
-        Group(
-            arch=Arch(kind="mlp", widths=(24,), channels=1, size=8),
-            source="digits",
-            models=8,
-            lr=(1e-3, 2e-2),
-            steps=1200,
-        ),
-        Group(
-            arch=_conv(10, 20, 20),
-            source="cifar10@16",
-            lr=(1e-2, 1e-1),
-            optimizer="sgd",
-            weight_decay=(0.0, 5e-4),
-        ),
-        Group(arch=_llama(3, 16, 2, 2, 512), source="shakespeare:words512", lr=text_lr, batch=8),
-        Group(arch=_conv(12, 12, 24, 24), source="cifar10@16", lr=(1e-3, 1.2e-2)),
-        Group(arch=_gpt2(2, 32, 4), source="shakespeare:bytes", lr=text_lr, batch=8),
-    )
-    return Recipe(groups=first + more + first + more + first + more)
 
 
 def _gpu() -> Recipe:

@@ -1,7 +1,8 @@
 """Evaluation tasks: what is trained, on what, for how long, towards which target.
 
-Written down before the first evaluation. Every task is held out from meta-training (`heldout`): its architecture on its
-data is in no trajectory, and texts of text tasks are in none at all.
+Written down before the first evaluation. The ``choose-`` tasks alone are for choosing among checkpoints and settings,
+so that no reported task has a say in what is reported on it. Every task is held out from meta-training (`heldout`): its
+architecture on its data is in no trajectory, and texts of text tasks are in none at all.
 """
 
 from __future__ import annotations
@@ -54,6 +55,17 @@ def _conv(*widths: int, size: int, norm: bool = False) -> Arch:
 
 
 _TASKS = (
+    # For choosing among checkpoints and settings; never reported as a result.
+    Task(name="choose-conv", arch=_conv(14, 28, 28, size=16), source="cifar10@16", batch=64, steps=1000),
+    Task(
+        name="choose-gpt2",
+        arch=Arch(kind="gpt2", dim=40, layers=2, heads=4, context=64),
+        source="sympy:bytes",
+        batch=16,
+        steps=600,
+        metric="loss",
+        eval_items=64,
+    ),
     # The paper's protocol and its larger network; minutes per run on a GPU, hours on a core.
     Task(
         name="c10-16",
@@ -61,7 +73,8 @@ _TASKS = (
         source="cifar10@32",
         steps=10_000,
         target=66.0,
-        eval_items=10_000,
+        eval_every=100,
+        eval_items=5000,
     ),
     Task(
         name="c10-32",
