@@ -131,7 +131,9 @@ def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        housekeeping = asyncio.create_task(service.keep_house())
         yield
+        housekeeping.cancel()
         service.engine.stop()
 
     app = FastAPI(

@@ -86,11 +86,9 @@ class Engine:
     Args:
         max_jobs: Places, the running job's included.
         max_jobs_per_tenant: Places one tenant may hold.
-        rest: Called on the device thread when the queue has run empty.
     """
 
-    def __init__(self, *, max_jobs: int, max_jobs_per_tenant: int, rest: Callable[[], None] = lambda: None) -> None:
-        self._rest = rest
+    def __init__(self, *, max_jobs: int, max_jobs_per_tenant: int) -> None:
         self._max_jobs = max_jobs
         self._max_per_tenant = max_jobs_per_tenant
         self._places: Counter[str] = Counter()
@@ -252,14 +250,12 @@ class Engine:
                 self._clear(job)
             # Dropped before the wait for the next one: a finished job's tensors must not outlive it here.
             del job
-            if not self._queue:
-                self._rest()
+            self._running = None
 
-    def _clear(self, job: Job[Any]) -> None:
+    @staticmethod
+    def _clear(job: Job[Any]) -> None:
         # What the work closes over, a whole history, must not live as long as the answer.
         job.work = None
-        with self._ready:
-            self._running = None
         job.place.release()
 
     def _run(self, job: Job[Any]) -> None:

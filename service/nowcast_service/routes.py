@@ -152,10 +152,10 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
     except BaseException:
         if job is None:
             place.release()
-            _release(held)
+            _let_go(service, held)
         else:
             service.engine.abandon(job)
-            job.future.add_done_callback(lambda _: _release(held))
+            job.future.add_done_callback(lambda _: _let_go(service, held))
         raise
     service.metrics.stages.labels("input").observe(received - began)
     reply = _reply_header(uuid.uuid4().hex, message, key, service, job, received - began)
@@ -163,7 +163,7 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
     return StreamReply(
         Encoder(reply.KIND, reply, prediction.frames, service.settings.limits),
         count=service.count_out,
-        done=lambda _: _release(held),
+        done=lambda _: _let_go(service, held),
     )
 
 
@@ -216,9 +216,10 @@ async def _answered(request: Request, job: Job[Prediction], seconds: float) -> N
         ended.cancel()
 
 
-def _release(held: list[Reservation]) -> None:
+def _let_go(service: Service, held: list[Reservation]) -> None:
     for reservation in held:
         reservation.release()
+    service.memory.freed()
 
 
 def _reply_header(

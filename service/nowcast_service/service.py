@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from nowcast_proto.errors import Busy, NowcastError, Unavailable
 
 from nowcast_service.engine import Engine, Job, Place
-from nowcast_service.memory import trimmer
+from nowcast_service.memory import Trimmer
 from nowcast_service.metrics import Metrics
 from nowcast_service.prediction import Catalogue, Key, Prediction, probe
 from nowcast_service.security import KeyRing
@@ -48,9 +48,8 @@ class Service:
         self.keys = KeyRing.of(settings)
         self.catalogue = catalogue or Catalogue.of(settings)
         self.budget = Budget(int(settings.budget))
-        self.engine = Engine(
-            max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key, rest=trimmer()
-        )
+        self.memory = Trimmer()
+        self.engine = Engine(max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key)
         self.sessions = SessionStore(
             self.budget,
             tenant_bytes=int(settings.tenant_budget),
@@ -60,7 +59,7 @@ class Service:
             expiry=settings.session_expiry,
             evict_after=settings.evict_after,
             results=settings.results_per_session,
-            on_drop=lambda reason: self.metrics.dropped.labels(reason).inc(),
+            on_drop=self._dropped,
         )
         self._uploads = 0
         self._probed: float | None = None
@@ -71,6 +70,18 @@ class Service:
         watch(self.metrics.sessions, lambda: len(self.sessions))
         watch(self.metrics.held, lambda: self.budget.used)
         watch(self.metrics.budget, lambda: self.budget.total)
+
+    def _dropped(self, reason: str) -> None:
+        self.metrics.dropped.labels(reason).inc()
+        self.memory.freed()
+
+    async def keep_house(self) -> None:
+        """Drop sessions that expire and hand back freed memory, as long as the service runs."""
+        while True:
+            await asyncio.sleep(1.0)
+            self.sessions.sweep()
+            if self.memory.due and self.engine.idle and not self._uploads:
+                await asyncio.to_thread(self.memory.run)
 
     @contextmanager
     def upload(self) -> Iterator[None]:
@@ -98,6 +109,7 @@ class Service:
 
         # The job comes as an argument: a closure over it would be a cycle, and hold its tensors until it is collected.
         def count(job: Job[Prediction]) -> None:
+            self.memory.freed()
             failed = job.state == "failed"
             self.metrics.nowcasts.labels(label, "failed" if failed else "ok").inc()
             if job.started is not None:

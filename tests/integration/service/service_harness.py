@@ -85,6 +85,15 @@ class Server:
         """Resident bytes of the process."""
         return self._status("VmRSS")
 
+    def settled(self, seconds: float = 3.0) -> int:
+        """Resident bytes once this long brought no lower reading: freed memory goes back after a second of quiet."""
+        low, until = self.rss(), time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            if (now := self.rss()) < low:
+                low, until = now, time.monotonic() + seconds
+        return low
+
     def peak(self) -> int:
         """Most resident bytes since it started, or since `reset_peak`."""
         return self._status("VmHWM")
@@ -189,6 +198,16 @@ def fetch(client: httpx.Client, session: str, nowcast: str, seconds: float = 60.
         response = client.get(f"/v1/sessions/{session}/nowcasts/{nowcast}", params={"wait": 10})
         if response.status_code != 202 or time.monotonic() > deadline:
             return response
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether a condition comes true; the time given is for a machine that is busy with other things."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

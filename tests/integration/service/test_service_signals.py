@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from nowcast_service.nino.checkpoint import Checkpoint, save_checkpoint
 from nowcast_service.nino.config import NiNoConfig
 from nowcast_service.nino.model import NiNoTwin
 
-from .service_harness import Serve, Server, Training, ask, create, error, fetch, send, sequential, tensors
+from .service_harness import Serve, Server, Training, ask, create, error, eventually, fetch, send, sequential, tensors
 
 pytestmark = [pytest.mark.socket, pytest.mark.kill]
 
@@ -206,16 +205,6 @@ def test_it_does_not_outlive_its_parent(serve: Serve, tmp_path):
             process.kill()
             if alive(child):
                 os.kill(child, signal.SIGKILL)
-
-
-def eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def alive(pid: int) -> bool:
