@@ -7,6 +7,7 @@ code runs on a CPU core and on an accelerator.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -16,17 +17,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nowcast_proto.errors import InvalidSnapshot
+from nowcast_proto.spec import ArchitectureSpec
 from rich.progress import Progress
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
+from nowcast_service.history import History
 from nowcast_service.metatrain.data import Images, Text, load
 from nowcast_service.metatrain.errors import InvalidRecipe
 from nowcast_service.metatrain.heldout import refuse_held_out
-from nowcast_service.metatrain.recipes import Group, Recipe
+from nowcast_service.metatrain.recipes import CONTEXT, Group, Recipe
 from nowcast_service.metatrain.store import Precision, Shard, Training, TrajectoryStore
 from nowcast_service.metatrain.zoo import Arch
+from nowcast_service.nino.checkpoint import Checkpoint
+from nowcast_service.nino.horizon import horizon_at, horizon_schedule
+from nowcast_service.predictors import make_predictor
+from nowcast_service.weights import resolve_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +170,7 @@ def train_group(
     out: np.ndarray,
     *,
     device: torch.device,
+    jump: Callable[[np.ndarray, int], np.ndarray] | None = None,
     on_snapshot: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Train the networks of a group together and write their snapshots.
@@ -172,6 +181,7 @@ def train_group(
         data: The group's source, on `device`.
         out: (models, snapshots, elements) to fill; the first snapshot is the initial network.
         device: Where to train.
+        jump: What the group's nowcasts are made with: (models, 5, elements) and the horizon to (models, elements).
         on_snapshot: Called with the step after each snapshot.
 
     Returns:
@@ -197,9 +207,43 @@ def train_group(
         if step >= group.steps - tail_steps:
             tail += loss / tail_steps
         if (step + 1) % group.every == 0:
-            out[:, (step + 1) // group.every] = parameters.cpu().numpy()
+            newest = (step + 1) // group.every
+            out[:, newest] = parameters.cpu().numpy()
+            if jump is not None and group.nowcasts is not None and newest in jumps(group):
+                stride = group.nowcasts.period // CONTEXT // group.every
+                horizons = horizon_schedule(group.steps, group.nowcasts.period)
+                seen = out[:, newest - (CONTEXT - 1) * stride : newest + 1 : stride]
+                k = horizon_at(step, horizons, group.nowcasts.period)
+                parameters.copy_(torch.from_numpy(jump(seen, k)))
             on_snapshot(step + 1)
     return tail.cpu()
+
+
+def jumps(group: Group) -> tuple[int, ...]:
+    """Snapshots right after which the group's trainings are nowcast."""
+    if group.nowcasts is None:
+        return ()
+    return tuple((i + 1) * group.nowcasts.period // group.every for i in range(group.nowcasts.count))
+
+
+def nowcaster(spec: ArchitectureSpec, checkpoint: Checkpoint) -> Callable[[np.ndarray, int], np.ndarray]:
+    """What `train_group` takes as ``jump``. A network that has diverged stays where it is."""
+    predictor = make_predictor("nino", checkpoint)
+    sizes = [p.numel for p in spec.parameters]
+
+    def jump(seen: np.ndarray, k: int) -> np.ndarray:
+        moved = np.array(seen[:, -1], np.float32)
+        for row, past in zip(moved, seen, strict=True):
+            snapshots = [
+                {p.name: part.view(p.shape) for p, part in zip(spec.parameters, flat.split(sizes), strict=True)}
+                for flat in torch.from_numpy(np.array(past, np.float32))
+            ]
+            with contextlib.suppress(InvalidSnapshot):
+                parameters, _ = predictor.predict(History.of(spec, snapshots), k, None)
+                row[:] = torch.cat([parameters[p.name].reshape(-1) for p in spec.parameters]).numpy()
+        return moved
+
+    return jump
 
 
 def collect(
@@ -265,7 +309,9 @@ def _collect_group(
         if progress and bar is not None:
             progress.update(bar, completed=step)
 
-    final = train_group(group, trainings, source, out, device=device, on_snapshot=advance)
+    checkpoint = resolve_checkpoint(group.nowcasts.checkpoint) if group.nowcasts is not None else None
+    jump = nowcaster(spec, checkpoint) if checkpoint is not None else None
+    final = train_group(group, trainings, source, out, device=device, jump=jump, on_snapshot=advance)
     if progress and bar is not None:
         progress.remove_task(bar)
     guess = math.log(group.arch.vocabulary if group.arch.is_text else group.arch.classes)
@@ -299,6 +345,8 @@ def _collect_group(
         optimizer=group.optimizer,
         batch=group.batch,
         trainings=tuple(trainings[i].model_copy(update={"final_loss": float(final[i])}) for i in good),
+        jumps=jumps(group),
+        nowcasts=checkpoint.digest if checkpoint is not None else None,
     )
 
 

@@ -9,13 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from nowcast_proto.errors import UnreadableFile
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nowcast_service.metatrain.errors import InvalidRecipe
 from nowcast_service.metatrain.zoo import Arch
+
+CONTEXT = 5
+"""Snapshots a nowcast is made from."""
+
+
+class Nowcasts(BaseModel):
+    """Nowcasts early in a training, so that what follows one is among the trajectories.
+
+    Attributes:
+        checkpoint: Registered name or path.
+        period: Steps between them; five snapshots each, so a multiple of five times the group's ``every``.
+        count: How many, from the first period on; the rest of the run is left alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str
+    period: PositiveInt = 100
+    count: PositiveInt = 3
 
 
 class Group(BaseModel):
@@ -34,6 +53,7 @@ class Group(BaseModel):
         steps: Optimizer steps.
         every: Optimizer steps between snapshots.
         batch: Images, or sequences of the architecture's context.
+        nowcasts: Nowcasts made during the trainings; None for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +70,13 @@ class Group(BaseModel):
     steps: PositiveInt = 2000
     every: PositiveInt = 20
     batch: PositiveInt = 64
+    nowcasts: Nowcasts | None = None
+
+    @model_validator(mode="after")
+    def _nowcasts_fall_on_snapshots(self) -> Self:
+        if self.nowcasts is not None and self.nowcasts.period % (CONTEXT * self.every):
+            raise ValueError(f"nowcasts every {self.nowcasts.period} steps need snapshots every fifth of that")
+        return self
 
     @property
     def digest(self) -> str:
@@ -87,6 +114,10 @@ def _llama(layers: int, dim: int, heads: int, kv_heads: int, vocabulary: int = 2
 
 def _mlp(*widths: int, source: str) -> Arch:
     return Arch(kind="mlp", widths=widths, channels=1 if source == "digits" else 3, size=8)
+
+
+def _every(period: int, count: int) -> Nowcasts:
+    return Nowcasts(checkpoint="nowcast-h32", period=period, count=count)
 
 
 def _cpu() -> Recipe:
@@ -132,6 +163,12 @@ def _cpu() -> Recipe:
             text(_llama(3, 16, 2, 2, 96, 32), "shakespeare", 6),
             images(_conv(16, 24, 32, norm=True), 4, batch=32),
             images(_conv(20, 40, 40, size=8), 4),
+            images(_conv(12, 24, 24), 4, nowcasts=_every(100, 4)),
+            text(_gpt2(2, 16, 2, 128, 32), "shakespeare", 12, nowcasts=_every(100, 3)),
+            images(_conv(8, 16, 16), 8, batch=32, nowcasts=_every(50, 6)),
+            images(_conv(10, 20, 20, norm=True), 4, batch=32, nowcasts=_every(100, 4)),
+            text(_llama(2, 16, 4, 2, 128, 32), "shakespeare", 8, nowcasts=_every(100, 3)),
+            images(_conv(16, 32, 24, size=8), 6, batch=128, nowcasts=_every(200, 3)),
         )
     )
 

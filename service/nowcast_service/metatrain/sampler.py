@@ -35,8 +35,8 @@ class Item:
         kind: What is counted in logs.
         inputs: (elements + 2, slices, context) scaled snapshots, then the fixed features of auxiliary edges.
         displacement: (elements + 2, slices, horizons) scaled future minus newest snapshot, zero where masked.
-        mask: As `displacement`: whether there is a target. The future may end earlier than 40 strides, a tensor that
-            was constant has no scale, and auxiliary edges have no future.
+        mask: As `displacement`: whether there is a target. The future may end earlier than 40 strides (at a nowcast,
+            too), a tensor that was constant has no scale, and auxiliary edges have no future.
         encoding: (nodes, 8) positional encoding.
         ks: Horizons in strides.
     """
@@ -123,10 +123,18 @@ class Sampler:
         config = self.config
         low, high = config.strides
         return [
-            m
-            for m in range(1, high // shard.every + 1)
-            if m * shard.every >= low and m * (config.context - 1 + config.min_future) < shard.snapshots
+            m for m in range(1, high // shard.every + 1) if m * shard.every >= low and len(self.starts(shard, m)) > 0
         ]
+
+    def starts(self, shard: Shard, multiple: int) -> np.ndarray:
+        """Snapshots a slice of this stride may begin with: `min_future` strides lie ahead, and no nowcast between the
+        snapshots it sees or within those strides."""
+        config = self.config
+        seen, ahead = multiple * (config.context - 1), multiple * config.min_future
+        starts = np.arange(max(0, shard.snapshots - seen - ahead))
+        for jump in shard.jumps:
+            starts = starts[(starts > jump) | (starts + seen + ahead <= jump)]
+        return starts
 
     def models(self, index: int, *, validation: bool) -> Sequence[int]:
         """Trajectories of one shard for training, or for validation."""
@@ -172,11 +180,10 @@ class Sampler:
         for _ in range(slices):
             m = int(generator.choice(multiples, p=odds / odds.sum()))
             model = int(generator.choice(models))
-            last_start = shard.snapshots - 1 - m * (config.context - 1 + config.min_future)
-            start = int(generator.integers(last_start + 1))
-            frames = start + m * np.arange(config.context)
+            frames = int(generator.choice(self.starts(shard, m))) + m * np.arange(config.context)
             past.append(np.array(array[model, frames], dtype=np.float32))
-            ahead, there = _future(array[model], int(frames[-1]), m, ks, config.smooth)
+            end = min((jump + 1 for jump in shard.jumps if jump >= frames[-1]), default=shard.snapshots)
+            ahead, there = _future(array[model, :end], int(frames[-1]), m, ks, config.smooth)
             future.append(ahead)
             reached.append(there)
         seen = torch.from_numpy(np.stack(past)).float()  # (slices, context, elements)

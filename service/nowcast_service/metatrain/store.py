@@ -61,6 +61,8 @@ class Shard(BaseModel):
         optimizer: Base optimizer.
         batch: Batch size; None where it is not known.
         trainings: One entry per trajectory.
+        jumps: Snapshots right after which a nowcast moved the parameters.
+        nowcasts: Digest of the checkpoint that made them; None where there were none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +79,8 @@ class Shard(BaseModel):
     optimizer: str | None = None
     batch: int | None = None
     trainings: tuple[Training, ...]
+    jumps: tuple[int, ...] = ()
+    nowcasts: str | None = None
 
 
 class Manifest(BaseModel):

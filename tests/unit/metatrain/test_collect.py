@@ -9,15 +9,28 @@ import numpy as np
 import pytest
 import torch
 from nowcast_proto.errors import InvalidSnapshot, TooLarge
-from nowcast_service.metatrain.collect import VectorOptimizer, collect, flat_loss, initial_parameters, learning_rate
+from nowcast_service.metatrain.collect import (
+    VectorOptimizer,
+    collect,
+    draw_trainings,
+    flat_loss,
+    initial_parameters,
+    jumps,
+    learning_rate,
+    nowcaster,
+    train_group,
+)
 from nowcast_service.metatrain.data import load
 from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_service.metatrain.heldout import why_held_out
 from nowcast_service.metatrain.imports import import_snapshots, ordered_files
-from nowcast_service.metatrain.recipes import RECIPES, Group, Recipe, read_recipe
+from nowcast_service.metatrain.recipes import RECIPES, Group, Nowcasts, Recipe, read_recipe
+from nowcast_service.metatrain.sampler import Sampler, SamplerConfig
 from nowcast_service.metatrain.store import TrajectoryStore
 from nowcast_service.metatrain.tasks import TASKS
 from nowcast_service.metatrain.zoo import Arch
+from nowcast_service.weights import resolve_checkpoint
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch.func import grad, vmap
 
@@ -195,3 +208,44 @@ def test_a_damaged_manifest_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         TrajectoryStore(tmp_path)
     with pytest.raises(InvalidTrajectories, match="collect first"):
         TrajectoryStore(tmp_path / "nowhere")
+
+
+def test_nowcasts_move_the_trainings_and_no_slice_spans_one(tmp_path: Path) -> None:
+    """Up to the first nowcast a training is what it would be without; every slice drawn lies between two."""
+    nowcasts = Nowcasts(checkpoint="nowcast-h32", period=20, count=2)
+    group = tiny(steps=120, nowcasts=nowcasts)
+    plain = draw_and_train(tiny(steps=120))
+    store = TrajectoryStore(tmp_path / "nowcast", create=True)
+    trainings = draw_trainings(group, "same", 0)
+    spec = TINY.spec()
+    out = np.zeros((2, 61, spec.numel), np.float32)
+    checkpoint = resolve_checkpoint("nowcast-h32")
+    train_group(group, trainings, load("digits"), out, device=torch.device("cpu"), jump=nowcaster(spec, checkpoint))
+    assert jumps(group) == (10, 20)
+    np.testing.assert_array_equal(out[:, :11], plain[:, :11])
+    moves = np.abs(np.diff(out, axis=1)).mean((0, 2))
+    assert moves[10] > 2 * moves[8]
+    assert moves[20] > 2 * moves[18]
+
+    collect(Recipe(groups=(group,)), store)
+    (shard,) = store
+    assert shard.jumps == (10, 20)
+    assert shard.nowcasts == checkpoint.digest
+    sampler = Sampler(store, SamplerConfig(strides=(2, 10), min_future=3), torch.device("cpu"))
+    for multiple in sampler.multiples(shard):
+        for start in sampler.starts(shard, multiple):
+            span = range(start, start + multiple * 7)
+            assert not {10, 20} & set(span)
+    # A future that would go on behind a nowcast is no target.
+    assert set(sampler.starts(shard, 1)) == {0, 1, 2, 3, 11, 12, 13, *range(21, 54)}
+
+
+def draw_and_train(group: Group) -> np.ndarray:
+    out = np.zeros((2, group.steps // group.every + 1, TINY.spec().numel), np.float32)
+    train_group(group, draw_trainings(group, "same", 0), load("digits"), out, device=torch.device("cpu"))
+    return out
+
+
+def test_nowcasts_must_fall_on_snapshots() -> None:
+    with pytest.raises(ValidationError, match="every fifth"):
+        tiny(nowcasts=Nowcasts(checkpoint="nowcast-h32", period=25))
