@@ -1,42 +1,48 @@
 #!/bin/sh
 # Everything that docs/results.md reports, written down before the first run: tasks, arms, seeds, lengths.
 # nino_no_posw is the published checkpoint (nowcast weights), runs/previous.safetensors the one shipped before this round.
+# SEEDS caps the seeds of every line: passes with 1, 2, … finish all tasks seed by seed, and no run is made twice.
 run() { # task arms seeds steps [more]
     task=$1 arms=$2 seeds=$3 steps=$4
     shift 4
+    if [ "${SEEDS:-5}" -lt "$seeds" ]; then seeds=$SEEDS; fi
     nowcast evaluate --out "${OUT:-docs/results/runs.jsonl}" --task "$task" --arms "docs/results/arms/$arms.json" \
         --seeds "$seeds" --steps "$steps" --threads 1 --report runs/report.md "$@"
 }
-baselines() { # everything that does not depend on our weights
-    run half-16 image-adamw 5 1000
-    run half-16 image-rivals 5 1000
-    run half-16 image-previous 5 1000
-    run half-16-bn bn-adamw 5 1000
-    run half-16-bn bn-rivals 5 1000
-    run gpt2-code text-adamw 3 600
-    run gpt2-code text-rivals 3 600
-    run gpt2-code text-previous 3 600
-    run c10-16 short-adamw 1 2000
-    run llama-code text-adamw 3 600
-    run llama-code text-rivals 3 600
-    run vit vit-adamw 3 600
-    run vit vit-rivals 3 600
-    run half-24 wide-adamw 3 1000
-    run half-24 wide-rivals 3 1000
-    run c10-16 short-rivals 1 2000
-    run half-16 sweep-adamw 1 1000
-    run c10-16 reproduction-nino 1 10000 --until-target
-    run c10-16 reproduction-adamw 1 10000 --until-target
-}
-ours() {
-    run half-16 image-ours 5 1000
-    run half-16-bn image-ours 5 1000
-    run gpt2-code text-ours 3 600
-    run vit vit-ours 3 600
-    run llama-code text-ours 3 600
-    run c10-16 short-ours 1 2000
-    run half-24 image-ours 3 1000
-    run half-16 sweep-ours 1 1000
-    run half-16 defaults 2 1000
-}
-"$1"
+for part in "$@"; do
+    case $part in # baselines, rivals: nothing of it depends on our weights
+    half-16-adamw) run half-16 image-adamw 5 1000 ;;
+    half-16-rivals) run half-16 image-rivals 5 1000 ;;
+    half-16-previous) run half-16 image-previous 5 1000 ;;
+    half-16-bn-adamw) run half-16-bn bn-adamw 5 1000 ;;
+    half-16-bn-rivals) run half-16-bn bn-rivals 5 1000 ;;
+    gpt2-code-adamw) run gpt2-code text-adamw 3 600 ;;
+    gpt2-code-rivals) run gpt2-code text-rivals 3 600 ;;
+    gpt2-code-previous) run gpt2-code text-previous 3 600 ;;
+    llama-code-adamw) run llama-code text-adamw 3 600 ;;
+    llama-code-rivals) run llama-code text-rivals 3 600 ;;
+    vit-adamw) run vit vit-adamw 3 600 ;;
+    vit-rivals) run vit vit-rivals 3 600 ;;
+    half-24-adamw) run half-24 wide-adamw 3 1000 ;;
+    half-24-rivals) run half-24 wide-rivals 3 1000 ;;
+    short-adamw) run c10-16 short-adamw 1 2000 ;;
+    short-rivals) run c10-16 short-rivals 1 2000 ;;
+    sweep-adamw) run half-16 sweep-adamw 1 1000 ;;
+    reproduction-nino) run c10-16 reproduction-nino 5 10000 --until-target ;;
+    reproduction-adamw) run c10-16 reproduction-adamw 5 10000 --until-target ;;
+    # ours
+    half-16-ours) run half-16 image-ours 5 1000 ;;
+    half-16-bn-ours) run half-16-bn image-ours 5 1000 ;;
+    half-24-ours) run half-24 image-ours 3 1000 ;;
+    gpt2-code-ours) run gpt2-code text-ours 3 600 ;;
+    llama-code-ours) run llama-code text-ours 3 600 ;;
+    vit-ours) run vit vit-ours 3 600 ;;
+    short-ours) run c10-16 short-ours 1 2000 ;;
+    sweep-ours) run half-16 sweep-ours 1 1000 ;;
+    defaults) run half-16 defaults 2 1000 ;;
+    *)
+        echo "no part is called $part" >&2
+        exit 1
+        ;;
+    esac
+done
