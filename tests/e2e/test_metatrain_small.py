@@ -46,7 +46,7 @@ def test_collect_train_evaluate(tmp_path: Path) -> None:
     for run in runs:
         assert run["nowcasts"] == run["kept"] == (0 if run["arm"]["predictor"] == "none" else 2)
         assert run["curve"][-1][1] == run["final"] < run["curve"][0][1]  # every arm learns something
-    assert (tmp_path / "report-digits-mlp.png").stat().st_size > 5000
+    assert (tmp_path / "report-digits-mlp-120.png").stat().st_size > 5000
     table = report.read_text()
     assert table.count("\n| ") == 5
     assert "**tuned**" in table

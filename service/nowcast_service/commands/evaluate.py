@@ -72,7 +72,7 @@ def evaluate(
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(table)
     for one in found:
-        plot(one, report.with_name(f"{report.stem}-{one.task.name}.png"))
+        plot(one, report.with_name(f"{report.stem}-{one.name}.png"))
 
 
 def _predict(arm: Arm, url: str | None, device: str, threads: int | None) -> Predict | None:

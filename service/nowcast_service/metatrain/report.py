@@ -48,30 +48,37 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """All arms on one task.
+    """All arms on one task at one length.
 
     Attributes:
         task: The task.
+        steps: Length of its runs.
         target: What arms race to.
         baseline: The tuned AdamW row.
         rows: Every row, best final metric first.
     """
 
     task: Task
+    steps: int
     target: float
     baseline: Row
     rows: tuple[Row, ...]
 
+    @property
+    def name(self) -> str:
+        """The task, with the length where it is not the task's own."""
+        return self.task.name if self.steps == self.task.steps else f"{self.task.name}-{self.steps}"
+
 
 def reports(runs: Sequence[Run]) -> list[TaskReport]:
-    """A report per task that has AdamW runs; the others have nothing to be compared with.
+    """A report per task and length that has AdamW runs; the others have nothing to be compared with.
 
     Args:
         runs: Lines of a results file.
     """
     out = []
-    for name in dict.fromkeys(run["task"] for run in runs):
-        here = [run for run in runs if run["task"] == name]
+    for name, steps in dict.fromkeys((run["task"], run["steps"]) for run in runs):
+        here = [run for run in runs if (run["task"], run["steps"]) == (name, steps)]
         task = TASKS[name]
         arms: dict[str, list[Run]] = {}
         for run in here:
@@ -87,7 +94,7 @@ def reports(runs: Sequence[Run]) -> list[TaskReport]:
         rows = [_row(group, tuned, target, task) for group in arms.values()]
         rows.sort(key=lambda row: -sign * row.final if math.isfinite(row.final) else math.inf)
         baseline = next(row for row in rows if row.runs[0] is tuned[0] or row.runs[0]["key"] == _first(tuned)["key"])
-        out.append(TaskReport(task, target, baseline, tuple(rows)))
+        out.append(TaskReport(task, steps, target, baseline, tuple(rows)))
     return out
 
 
@@ -150,11 +157,10 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
         task = report.task
         unit = " %" if task.metric == "accuracy" else ""
         seeds = sorted({run["seed"] for row in report.rows for run in row.runs})
-        lengths = sorted({run["steps"] for row in report.rows for run in row.runs})
         origin = "published" if report.target == task.target else "end of tuned AdamW"
         parts.append(
-            f"### {task.name}: {task.arch.label} on {task.source}\n\n"
-            f"Batch {task.batch}, {' and '.join(map(str, lengths))} steps, seeds {', '.join(map(str, seeds))}. "
+            f"### {report.name}: {task.arch.label} on {task.source}\n\n"
+            f"Batch {task.batch}, {report.steps:,} steps, seeds {', '.join(map(str, seeds))}. "
             f"Target {report.target:.4g}{unit} ({origin}). "
             "A miss counts as infinite.\n\n"
             "| arm | rate | schedule | seeds | steps to target | against AdamW | seconds to target | final "
@@ -225,7 +231,7 @@ def plot(report: TaskReport, path: Path, *, most: int = 8) -> None:
     axes.axhline(report.target, color="grey", lw=0.8, ls=":")
     axes.set_xlabel("steps")
     axes.set_ylabel("test accuracy, %" if report.task.metric == "accuracy" else "validation loss")
-    axes.set_title(f"{report.task.name}: {report.task.arch.label} on {report.task.source}", fontsize=10)
+    axes.set_title(f"{report.name}: {report.task.arch.label} on {report.task.source}", fontsize=10)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.25)
     figure.tight_layout()

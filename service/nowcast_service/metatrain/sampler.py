@@ -20,7 +20,7 @@ from nowcast_service.metatrain.graphs import TrainingGraph, prepare
 from nowcast_service.metatrain.store import Shard, TrajectoryStore
 from nowcast_service.nino.scaling import EPSILON
 
-KIND_WEIGHTS = {"convnet": 3.0}
+KIND_WEIGHTS = {"convnet": 3.0, "gpt2": 1.5, "llama": 1.5}
 """How often a kind of network is drawn, relative to 1 for every other."""
 VALIDATION_EVERY = 3
 """The last trajectory of every third shard is for validation."""

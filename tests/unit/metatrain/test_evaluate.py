@@ -129,6 +129,7 @@ def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tune
     runs += [line(1, 52.0, [(100, 52.0)], predictor="snoo"), line(2, 41.0, [(100, 41.0)], predictor="snoo")]
     runs += [line(s, math.nan, [(50, 10.0)], predictor="linear", kept=1) for s in (1, 2, 3)]
     (report,) = reports(runs)
+    assert report.name == "half-16-100"  # a hundred steps, not the task's own length
     assert report.baseline.arm.lr == 1e-3
     assert report.target == 52.0
     rows = {row.arm.predictor: row for row in report.rows if row.arm.predictor != "none"}
@@ -141,6 +142,23 @@ def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tune
     assert "-50 %" in table
     assert "(gated off)" in next(row for row in table.splitlines() if "linear" in row)
     assert "∞" in next(row for row in table.splitlines() if "snoo" in row)
+
+
+def test_runs_of_different_lengths_are_not_compared() -> None:
+    runs = [line(1, 50.0, [(100, 50.0)], lr=1e-3), line(1, 70.0, [(200, 70.0)], lr=1e-3) | {"steps": 200}]
+    assert [(report.steps, report.target) for report in reports(runs)] == [(100, 50.0), (200, 70.0)]
+
+
+def test_a_run_may_end_where_it_reaches_the_target() -> None:
+    data, task = load(TASK.source), TASK.model_copy(update={"eval_every": 10})
+    whole = run(task, Arm(lr=3e-3), 1, data, None, steps=60)
+    losses = [loss for _, loss, _ in whole["curve"]]
+    assert losses == sorted(losses, reverse=True)
+    task = task.model_copy(update={"target": losses[2]})
+    cut = run(task, Arm(lr=3e-3), 1, data, None, steps=60, until_target=True)
+    assert [point[:2] for point in cut["curve"]] == [point[:2] for point in whole["curve"][:3]]
+    assert cut["final"] == losses[2]
+    assert cut["key"] != run(task, Arm(lr=3e-3), 1, data, None, steps=60)["key"]
 
 
 def test_the_paired_test_is_exact() -> None:
