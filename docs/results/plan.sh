@@ -39,7 +39,9 @@ for part in "$@"; do
     vit-ours) run vit vit-ours 3 600 ;;
     short-ours) run c10-16 short-ours 1 2000 ;;
     sweep-ours) run half-16 sweep-ours 1 1000 ;;
-    defaults) run half-16 defaults 2 1000 ;;
+    # settings: on the task for choosing, which is reported for nothing else
+    defaults) run choose-conv defaults 2 1000 ;;
+    lengths) run choose-conv defaults-400 2 400 && run choose-conv defaults-2000 1 2000 ;;
     *)
         echo "no part is called $part" >&2
         exit 1
