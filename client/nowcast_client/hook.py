@@ -38,7 +38,7 @@ from nowcast_client import coverage
 from nowcast_client.adapters import ADAPTER_PREDICTOR, adapter_spec
 from nowcast_client.copies import Copies
 from nowcast_client.errors import AttachError
-from nowcast_client.layout import WIRE_DTYPES, Layout, innermost, layout_of
+from nowcast_client.layout import WIRE_DTYPES, Layout, fingerprint, innermost, layout_of
 from nowcast_client.losses import LossReader
 from nowcast_client.patch import Backup, Patch, apply
 from nowcast_client.schedule import MAX_HORIZON, Cadence, default_period
@@ -46,7 +46,7 @@ from nowcast_client.session import Session, mint
 from nowcast_client.snapshot import Ring, Slot
 from nowcast_client.spec import derive_spec
 from nowcast_client.transport import HttpTransport, Retry, Transport
-from nowcast_client.trial import LossTrace, TrialSettings, Verdict, hopeless, judge
+from nowcast_client.trial import LossTrace, TrialSettings, Verdict, judge
 from nowcast_client.uploader import Arrived, Failed, Uploaded, Uploader, Window
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class Handle:
         self._due = False  # a counted step the hook has not acted on yet
         self._reports = 0  # losses since the last counted step
         self._pid = os.getpid()
+        self._fingerprint = fingerprint(model, optimizers)
         self._window = Window()
         self._asked: Window | None = None
         self._arrived: Arrived | None = None
@@ -168,6 +169,7 @@ class Handle:
         self._told: set[str] = set()
         self._harm_steps = 0
         self._hook_seconds = 0.0
+        self._wait_seconds = 0.0
         self._upload_bytes = 0
         self._coverage: CoverageReport | None = None
         self._closed = False
@@ -205,14 +207,7 @@ class Handle:
         """
         if self.mode == "off" or self._foreign():
             return
-        with self._guarded("observe"):
-            self._losses.report(self.step if step is None else step, loss)
-            self._reports += 1
-            if self._reports == SILENT_REPORTS:
-                self._skip(
-                    f"{SILENT_REPORTS} losses were reported and the attached optimizer made no step: if another one "
-                    "has taken its place, tell the handle with follow(optimizer)"
-                )
+        self._timed("observe", self._report, self.step if step is None else step, loss)
 
     def act(self) -> None:
         """Do what is due after the optimizer steps since the last call; only with ``acts="when_told"``.
@@ -223,7 +218,7 @@ class Handle:
         if not self._due or self.mode == "off" or self._closed or self._foreign():
             return
         self._due = False
-        self._timed(self._advance)
+        self._timed("hook", self._advance)
 
     def follow(self, *optimizers: object) -> None:
         """Go on with other optimizers, created since `attach`, of the same parameters.
@@ -242,6 +237,7 @@ class Handle:
             self._trial = None
             self._counts["unjudged"] += 1
         self._optimizers, self._reports = fresh, 0
+        self._fingerprint = fingerprint(self._model, fresh)
         self._abandon()
         self._drop_window()
         if self._hooks:
@@ -260,7 +256,8 @@ class Handle:
 
         Returns:
             Counts of snapshots, nowcasts and verdicts; ``harm_steps``, steps lost to patches that were undone;
-            ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer;
+            ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer, of
+            which ``wait_seconds`` were spent waiting, for a nowcast (``wait``) or for other ranks;
             ``coverage``, what the service does with each parameter (None before the first nowcast, or where no graph
             is needed).
         """
@@ -281,6 +278,7 @@ class Handle:
             "bytes_received": getattr(transport, "bytes_received", 0),
             "resent": self._uploader.session.resent if self._uploader else 0,
             "hook_seconds": self._hook_seconds,
+            "wait_seconds": self._wait_seconds,
             "host_bytes": (self._ring.nbytes if self._ring else 0) + self._backup.nbytes,
             "coverage": coverage.numbers(self._coverage) if self._coverage else None,
         }
@@ -368,28 +366,37 @@ class Handle:
     def _hook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [
-            self._optimizers[-1].register_step_post_hook(self._after_step),
-            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers),
-        ]
+        self._hooks = [self._optimizers[-1].register_step_post_hook(self._after_step)]
+        if self._ring is not None and self._ring.on_streams:
+            self._hooks += [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._ring is not None and not self._foreign():
-            with self._guarded("before_step"):
-                self._ring.hold_writes()
+            self._timed("before_step", self._ring.hold_writes)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.mode == "off" or self._closed or self._foreign():
             return
-        self._timed(lambda: self._stepped(optimizer))
+        self._timed("hook", self._stepped, optimizer)
 
-    def _timed(self, work: Callable[[], object]) -> None:
+    def _timed(self, kind: str, work: Callable[..., object], *arguments: Any) -> None:
+        """Do something on the trainer's time: it is counted, and nothing it raises gets out."""
         start = time.perf_counter()
         try:
-            with self._guarded("hook"):
-                work()
+            work(*arguments)
+        except Exception as exc:
+            self._survive(kind, exc)
         finally:
             self._hook_seconds += time.perf_counter() - start
+
+    def _report(self, step: int, loss: float | Tensor) -> None:
+        self._losses.report(step, loss)
+        self._reports += 1
+        if self._reports == SILENT_REPORTS:
+            self._skip(
+                f"{SILENT_REPORTS} losses were reported and the attached optimizer made no step: if another one "
+                "has taken its place, tell the handle with follow(optimizer)"
+            )
 
     def _stepped(self, optimizer: Optimizer) -> None:
         if not self._count(optimizer):
@@ -492,6 +499,20 @@ class Handle:
         """The weights as they are now, in a slot of the ring; None where it is full."""
         return self._ring.take(self._layout, self.step) if self._ring is not None else None
 
+    def _live(self) -> Layout:
+        """The layout as it is now: the same object while nothing about it has changed.
+
+        Raises:
+            AttachError: As `layout_of`.
+        """
+        mark = fingerprint(self._model, self._optimizers)
+        if mark == self._fingerprint:
+            return self._layout
+        live = layout_of(self._model, self._optimizers, self.spec, sharded=self._sharded)
+        self._fingerprint = mark
+        same = live.same_tensors(self._layout) and live.movable == self._layout.movable
+        return self._layout if same else live
+
     def _rebind(self) -> bool:
         """Follow parameters that were replaced since attach; give up where they are others altogether.
 
@@ -499,12 +520,12 @@ class Handle:
             Whether they are still the same objects.
         """
         try:
-            live = layout_of(self._model, self._optimizers, self.spec, sharded=self._sharded)
+            live = self._live()
             self._copies.check(live)
         except AttachError as exc:
             self._turn_off(f"the model is no longer the one it was attached to: {exc}")
             return False
-        if live.same_tensors(self._layout) and live.movable == self._layout.movable:
+        if live is self._layout:
             return True
         self._layout = live
         self._abandon()
@@ -535,15 +556,18 @@ class Handle:
 
     def _await(self, window: Window) -> None:
         """Wait for the nowcast inside the hook, no longer than the caller allowed."""
-        uploader = self._uploader
-        if uploader is None:
-            return
-
-        with uploader.arrived:
-            uploader.arrived.wait_for(lambda: uploader.answered(window), self._wait)
-        self._collect()
+        self._wait_for(window)
         if self._arrived is not None and self._trial is None:
             self._consider(self._arrived)
+
+    def _wait_for(self, window: Window) -> None:
+        uploader, begun = self._uploader, time.perf_counter()
+        if uploader is None:
+            return
+        with uploader.arrived:
+            uploader.arrived.wait_for(lambda: uploader.answered(window), self._wait)
+        self._wait_seconds += time.perf_counter() - begun
+        self._collect()
 
     def _gate(self) -> str:
         """Why no nowcast should be asked for now; empty where one should."""
@@ -567,7 +591,7 @@ class Handle:
 
     def _consider(self, arrived: Arrived) -> None:
         """Write an arrived nowcast, or say why not."""
-        if self._turned_away(arrived):
+        if self._turned_away(arrived, self.step):
             return
         first = self._reference_from()
         self._arrived, self._asked = None, None
@@ -580,10 +604,10 @@ class Handle:
         self._release(arrived.window)
         self._patched(arrived.patch, first, arrived.stretch)
 
-    def _turned_away(self, arrived: Arrived) -> bool:
-        """Whether a nowcast that arrived is not to be written; says why."""
+    def _turned_away(self, arrived: Arrived, written: int) -> bool:
+        """Whether a nowcast that arrived is not to be written, after step ``written``; says why."""
         patch = arrived.patch
-        behind = self.step - patch.step
+        behind = written - patch.step
         limit = 0 if self._stale == "reject" else self._stale_steps
         settings = self._trial_settings
         if behind > limit:
@@ -635,9 +659,9 @@ class Handle:
             return
         over = self.step >= trial.patched_at + settings.window
         self._losses.read(block=over)
-        after_steps, after = self._losses.trace.between(trial.patched_at, self.step)
-        if not (over or hopeless(after)) or not self._rebind():
+        if not (over or self._losses.trace.lost(trial.patched_at)) or not self._rebind():
             return
+        after_steps, after = self._losses.trace.between(trial.patched_at, self.step)
         reference_steps, reference = self._losses.trace.between(trial.reference_from, trial.patched_at - 1)
         verdict = judge(reference_steps, reference, after_steps, after, patched_at=trial.patched_at, settings=settings)
         self._conclude(trial, verdict)
@@ -756,13 +780,17 @@ class Handle:
         try:
             yield
         except Exception as exc:
-            if self._strict:
-                raise
-            self._counts[f"failed: {kind}: {type(exc).__name__}"] += 1
-            key = f"{kind} {type(exc).__name__}"
-            if key not in self._told:
-                self._told.add(key)
-                log.warning("step %d: %s failed and is skipped: %s", self.step, kind, exc, exc_info=True)
+            self._survive(kind, exc)
+
+    def _survive(self, kind: str, exc: Exception) -> None:
+        """Count what went wrong and say so once; with ``strict`` raise it on."""
+        if self._strict:
+            raise exc
+        self._counts[f"failed: {kind}: {type(exc).__name__}"] += 1
+        key = f"{kind} {type(exc).__name__}"
+        if key not in self._told:
+            self._told.add(key)
+            log.warning("step %d: %s failed and is skipped: %s", self.step, kind, exc, exc_info=exc)
 
 
 def _told(verdict: Verdict) -> dict[str, Any]:

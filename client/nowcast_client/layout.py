@@ -43,6 +43,12 @@ class Layout:
         )
 
 
+def fingerprint(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
+    """Changes whenever `layout_of` may give something else: a cheap look at the tensors model and optimizers hold."""
+    held = (id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    return (*((id(p), p.dtype, p.shape, p.requires_grad) for p in model.parameters()), *held)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor this process holds: a shard of a DTensor (a view of its storage), else all of it."""
     shard = getattr(tensor, "to_local", None)
@@ -145,3 +151,9 @@ def _refuse_masters(live: dict[str, nn.Parameter], optimizers: Sequence[Optimize
             expected="an optimizer that steps the model's parameters themselves",
             remedy="a patched half-precision copy would be overwritten from its float32 master at the next step",
         )
+
+
+def views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """The tensors of a layout as parts of one stretch of memory, in its order."""
+    parts = torch.split(flat, [p.numel() for p in layout.parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(layout.parameters.items(), parts, strict=True)}

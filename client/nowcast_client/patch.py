@@ -34,6 +34,7 @@ class Patch:
         horizon: Strides it looks ahead.
         deltas: Name -> predicted parameters minus that snapshot, float32, bfloat16 or float16.
         base: Name -> that snapshot, kept where newer steps are to be overwritten; None otherwise.
+        flat: One stretch of memory that ``deltas`` are views of, in their order, where they are to be broadcast.
     """
 
     nowcast_id: str
@@ -41,6 +42,7 @@ class Patch:
     horizon: int
     deltas: Mapping[str, Tensor]
     base: Mapping[str, Tensor] | None = None
+    flat: Tensor | None = None
 
 
 def verify(

@@ -10,12 +10,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from nowcast_proto.tensors import TensorFrame
 from torch import Tensor
 
 from nowcast_client.layout import WIRE_NAMES, Layout
+
+
+class Arriving(Protocol):
+    """Something that has to be over before a snapshot is whole; a CUDA event is one."""
+
+    def synchronize(self) -> Any:
+        """Block until it is over."""
 
 
 @dataclass
@@ -25,14 +33,15 @@ class Slot:
     Attributes:
         buffers: Name -> host tensor in the wire dtype.
         step: Real optimizer step whose weights it holds.
-        copied: CUDA events after the last copy on each device; empty where the copy is complete.
+        copied: What the copy still waits for, such as a CUDA event after the last copy on each device; empty where it
+            is complete.
         in_use: Whether the slot holds a snapshot somebody may still need.
         frames: What `encode` made of it.
     """
 
     buffers: dict[str, Tensor]
     step: int = -1
-    copied: list[torch.cuda.Event] = field(default_factory=list)
+    copied: list[Arriving] = field(default_factory=list)
     in_use: bool = False
     frames: tuple[TensorFrame, ...] = field(default=(), repr=False)
 
@@ -69,21 +78,23 @@ class Ring:
     def __init__(self, layout: Layout, slots: int, wire_dtype: torch.dtype | None) -> None:
         pinned = any(p.is_cuda for p in layout.parameters.values())
         self._lock = threading.Lock()
-        self._slots = [
-            Slot(
-                {
-                    name: torch.empty(p.shape, dtype=wire_dtype or p.dtype, device="cpu", pin_memory=pinned)
-                    for name, p in layout.parameters.items()
-                }
-            )
-            for _ in range(slots)
-        ]
+
+        def buffer(p: Tensor) -> Tensor:
+            made = torch.empty(p.shape, dtype=wire_dtype or p.dtype, device="cpu", pin_memory=pinned)
+            return made if pinned else made.zero_()  # ordinary memory is really there once it has been written to
+
+        self._slots = [Slot({name: buffer(p) for name, p in layout.parameters.items()}) for _ in range(slots)]
         self._streams = {
             p.device: torch.cuda.Stream(p.device)  # type: ignore[no-untyped-call]
             for p in layout.parameters.values()
             if p.is_cuda
         }
         self._pending: list[torch.cuda.Event] = []
+
+    @property
+    def on_streams(self) -> bool:
+        """Whether copies run beside the training, so that `hold_writes` must be called before every step."""
+        return bool(self._streams)
 
     @property
     def free(self) -> int:

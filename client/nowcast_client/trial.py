@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,11 @@ class LossTrace:
             self._rows[-1][2] += 1
         else:
             self._rows.append([float(step), loss, 1.0])
+
+    def lost(self, first: int) -> bool:
+        """Whether the loss since step ``first`` has stopped being a number; see `hopeless`."""
+        newest = [total for step, total, _ in islice(reversed(self._rows), 2) if step >= first]
+        return len(newest) == 2 and not any(map(math.isfinite, newest))
 
     def between(self, first: int, last: int) -> tuple[Floats, Floats]:
         """Steps and mean losses of the reports for steps first … last, both included."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from nowcast_proto.errors import Conflict, NowcastError
 from nowcast_proto.messages import CoverageReport, NowcastJob, Outcome
 from torch import Tensor
 
-from nowcast_client.layout import WIRE_DTYPES, Layout
+from nowcast_client.layout import WIRE_DTYPES, Layout, views
 from nowcast_client.patch import Patch, verify
 from nowcast_client.session import Frames, Session
 from nowcast_client.snapshot import Ring, Slot, movement
@@ -102,6 +103,9 @@ class Uploader:
         nowcast_seconds: Most seconds for one nowcast, lost snapshots included.
         patch_bound: See `nowcast_client.patch.verify`.
         keep_base: Keep the newest snapshot with the patch, for overwriting newer steps.
+
+    Attributes:
+        in_one_piece: Whether a nowcast's tensors are to lie in one stretch of memory, for a broadcast.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Uploader:
         self._nowcast_seconds = nowcast_seconds
         self._patch_bound = patch_bound
         self._keep_base = keep_base
+        self.in_one_piece = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open_jobs = 0
         self._current: Window | None = None
@@ -252,7 +257,11 @@ class Uploader:
             deltas = {f.name: tensor_of(f.view(), f.dtype, f.shape) for f in frames}
             stretch = verify(deltas, self._layout, window.moved, job.k, self._patch_bound)
             base = window.slots[-1].buffers if self._keep_base else None
-            patch = Patch(job.nowcast, step, job.k, deltas, base)
+            flat = None
+            if self.in_one_piece:
+                flat = torch.cat([deltas[name].view(-1) for name in self._layout.parameters])
+                deltas = views(flat, self._layout)
+            patch = Patch(job.nowcast, step, job.k, deltas, base, flat)
         except Exception as exc:
             self._release(window)
             if not window.cancelled.is_set():
@@ -282,6 +291,8 @@ class Uploader:
 
     def _release(self, window: Window) -> None:
         for slot in window.slots:
+            with suppress(NowcastError):
+                slot.wait()  # nothing may still be arriving in memory that is used again
             self._ring.release(slot)
         window.slots = []
 

@@ -1,9 +1,11 @@
 """What the hook costs a training in every integration: its seconds over the training's, in the same run.
 
-Run: python tests/bench/bench_integrations.py [--steps 600] [--period 200] [--only plain ddp]
+Run: python tests/bench/bench_integrations.py [--steps 500] [--period 200] [--only plain ddp]
 
 One service runs beside the trainings, on the same cores. Nothing waits for nowcasts (``wait=0``), as in a real
-training. The ranks of DDP and FSDP2 share the machine too; the costliest rank is reported.
+training. Every run has to show patches and their verdicts; one that does not is an error. The hook's seconds are
+wall-clock: everything between its first line and its last, losses that are reported included. The ranks of DDP and
+FSDP2 share the machine too; the costliest rank is reported, and how much of its part was waiting for the other one.
 """
 
 from __future__ import annotations
@@ -69,13 +71,9 @@ Result = dict[str, float]
 
 
 def told(summary: dict[str, Any], seconds: float) -> Result:
-    return {
-        "seconds": seconds,
-        "hook_seconds": summary["hook_seconds"],
-        "steps": summary["steps"],
-        "snapshots": summary["snapshots"],
-        "patched": summary["patched"],
-    }
+    names = ("hook_seconds", "wait_seconds", "steps", "snapshots", "patched", "rejected", "unjudged")
+    judged = summary["kept"] + summary["rolled_back"]
+    return {"seconds": seconds, "judged": judged, **{name: summary[name] for name in names}}
 
 
 def plain(url: str, steps: int, settings: dict[str, Any]) -> Result:
@@ -244,7 +242,11 @@ def service() -> Iterator[str]:
 
 
 def bench(steps: int, period: int, only: list[str] | None = None) -> dict[str, Result]:
-    """Figures by integration; ``cost`` is the hook's part of the training's time."""
+    """Figures by integration; ``cost`` is the hook's part of the training's time, ``waiting`` is a part of it.
+
+    Raises:
+        RuntimeError: A training had no patch, or none that was judged.
+    """
     torch.set_num_threads(1)
     settings = {"period": period, "total_steps": steps, "update_scale": 0.05}
     results = {}
@@ -252,21 +254,27 @@ def bench(steps: int, period: int, only: list[str] | None = None) -> dict[str, R
         for name, arm in ARMS.items():
             if only is None or name in only:
                 found = arm(url, steps, settings)
-                results[name] = {**found, "cost": found["hook_seconds"] / found["seconds"]}
+                if not found["patched"] or not found["judged"]:
+                    raise RuntimeError(f"{name}: no patch was judged, so the figures would lack its cost: {found}")
+                shares = {"cost": found["hook_seconds"], "waiting": found["wait_seconds"]}
+                results[name] = {**found, **{k: v / found["seconds"] for k, v in shares.items()}}
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--period", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=sorted(ARMS))
     options = parser.parse_args()
     results = bench(options.steps, options.period, options.only)
+    size = sum(parameter.numel() for parameter in network().parameters())
+    print(f"{size / 1e6:.2f} M parameters, batch {BATCH}, period {options.period}", file=sys.stderr)
     for name, row in results.items():
         print(
             f"{name:12} {row['steps']:5.0f} steps, {1e3 * row['seconds'] / row['steps']:6.2f} ms each; "
-            f"{row['snapshots']:3.0f} snapshots, {row['patched']:2.0f} patches; hook {100 * row['cost']:.3f} %",
+            f"{row['snapshots']:3.0f} snapshots, {row['patched']:2.0f} patches, {row['judged']:2.0f} judged; "
+            f"hook {100 * row['cost']:.3f} %, of it waiting for ranks {100 * row['waiting']:.3f} %",
             file=sys.stderr,
         )
     print(json.dumps({"load": os.getloadavg()[0], "cores": os.cpu_count(), "results": results}))
