@@ -34,7 +34,7 @@ from nowcast_service.nino.model import NiNoTwin
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
-STILL = 0.02
+STILL = 0.05
 """Mean displacement, in standard deviations, below which the relative loss counts a slice as standing still."""
 STATE = "state.pt"
 
@@ -63,7 +63,7 @@ class TrainConfig:
     steps: int = 10_000
     lr: float = 3e-3
     weight_decay: float = 1e-2
-    grad_clip: float = 1.0
+    grad_clip: float = 0.5
     warmup: int = 100
     loss: str = "relative"
     seed: int = 0
