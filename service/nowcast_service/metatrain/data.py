@@ -201,7 +201,11 @@ def _normalised(source: str, digest: str, train_x: Tensor, train_y: Tensor, test
 
 
 def _joined(root: Path, patterns: tuple[str, ...]) -> bytes:
-    """Files below a folder in file-name order, without tests and generated or installed files, cut at `CODE_BYTES`."""
+    """Files below a folder in file-name order, without tests and generated or installed files, cut at `CODE_BYTES`.
+
+    Raises:
+        UnreadableFile: There are none.
+    """
     parts: list[bytes] = []
     size = 0
     for path in (path for pattern in patterns for path in sorted(root.glob(pattern))):
@@ -210,6 +214,8 @@ def _joined(root: Path, patterns: tuple[str, ...]) -> bytes:
         if not {"test", "tests", "site-packages", "ops"} & set(path.relative_to(root).parts):
             parts.append(path.read_bytes())
             size += len(parts[-1])
+    if not parts:
+        raise UnreadableFile(f"{root} holds no source code", remedy="install the whole package, not a stripped one")
     return b"\n".join(parts)[:CODE_BYTES]
 
 

@@ -20,7 +20,7 @@ from nowcast_service.metatrain.collect import (
     nowcaster,
     train_group,
 )
-from nowcast_service.metatrain.data import load
+from nowcast_service.metatrain.data import CODE, CODE_BYTES, Text, load
 from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_service.metatrain.heldout import why_held_out
 from nowcast_service.metatrain.imports import import_snapshots, ordered_files
@@ -249,3 +249,14 @@ def draw_and_train(group: Group) -> np.ndarray:
 def test_nowcasts_must_fall_on_snapshots() -> None:
     with pytest.raises(ValidationError, match="every fifth"):
         tiny(nowcasts=Nowcasts(checkpoint="nowcast-h32", period=25))
+
+
+def test_source_code_is_on_every_machine_and_no_two_bodies_are_one() -> None:
+    texts = [load(name) for name in CODE]
+    assert all(isinstance(text, Text) and len(text.train) + len(text.test) == CODE_BYTES for text in texts)
+    assert len({text.digest for text in texts}) == len(CODE)
+    words = load("headers:words128")
+    assert isinstance(words, Text)
+    assert words.vocabulary == 128
+    assert int(words.train.max()) <= 127
+    assert (words.train == 0).float().mean() < 0.2  # what is rarer than the most frequent 127 words
