@@ -29,7 +29,7 @@ from nowcast_proto.messages import (
 )
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Decoder, Encoder, Header
-from nowcast_proto.tensors import TensorFrame
+from nowcast_proto.tensors import TensorFrame, seal
 from nowcast_proto.version import MEDIA_TYPE, ROUTE_HEALTH, ROUTE_MODELS, ROUTE_NOWCAST_V1, ROUTE_READY
 
 from nowcast_client.errors import BadReply
@@ -110,7 +110,9 @@ def _encoder(
         update_scale=update_scale,
         deadline=deadline,
     )
-    return Encoder(NowcastRequest.KIND, message, _frames(spec, snapshots, wire_dtype))
+    frames = _frames(spec, snapshots, wire_dtype)
+    seal(frames, os.cpu_count() or 1)
+    return Encoder(NowcastRequest.KIND, message, frames)
 
 
 class _Answer:

@@ -26,20 +26,18 @@ class LossReader:
 
     def report(self, step: int, loss: float | Tensor) -> None:
         """Take the loss of the weights after ``step`` optimizer steps; nothing waits for the device."""
-        if isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor) or loss.is_cpu:
+            self._drain(block=False)
+            self.trace.add(step, loss.item() if isinstance(loss, Tensor) else float(loss))
+        elif loss.is_cuda:
             loss = loss.detach()
-            if loss.is_cuda:
-                host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-                host.copy_(loss.reshape(()), non_blocking=True)
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                self._waiting.append((step, host, event))
-                return
-            if loss.device.type != "cpu":
-                self._waiting.append((step, loss.clone(), None))
-                return
-        self._drain(block=False)
-        self.trace.add(step, float(loss))
+            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            host.copy_(loss.reshape(()), non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._waiting.append((step, host, event))
+        else:
+            self._waiting.append((step, loss.detach().clone(), None))
 
     def read(self, *, block: bool = False) -> None:
         """Move what has arrived into the trace; with ``block`` also what has not (one sync, at a verdict)."""

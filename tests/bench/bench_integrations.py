@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -241,19 +241,21 @@ def service() -> Iterator[str]:
             process.wait(30)
 
 
-def bench(steps: int, period: int, only: list[str] | None = None) -> dict[str, Result]:
+def bench(
+    steps: int, period: int, only: list[str] | None = None, *, wait: float = 0.0, url: str | None = None
+) -> dict[str, Result]:
     """Figures by integration; ``cost`` is the hook's part of the training's time, ``waiting`` is a part of it.
 
     Raises:
         RuntimeError: A training had no patch, or none that was judged.
     """
     torch.set_num_threads(1)
-    settings = {"period": period, "total_steps": steps, "update_scale": 0.05}
+    settings = {"period": period, "total_steps": steps, "update_scale": 0.05, "wait": wait}
     results = {}
-    with service() as url:
+    with nullcontext(url) if url else service() as address:
         for name, arm in ARMS.items():
             if only is None or name in only:
-                found = arm(url, steps, settings)
+                found = arm(address, steps, settings)
                 if not found["patched"] or not found["judged"]:
                     raise RuntimeError(f"{name}: no patch was judged, so the figures would lack its cost: {found}")
                 shares = {"cost": found["hook_seconds"], "waiting": found["wait_seconds"]}
