@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -246,18 +247,29 @@ class Decoder:
         open_sink: Called once with the checked header, before any tensor is read; returns where the tensors go, or
             raises to refuse the stream. Each tensor gets memory of its own by default.
         limits: The caps to hold the stream to.
+        check: Called with every tensor that is whole and matched both checksums; may raise to refuse the stream.
 
     Attributes:
         header: The header once it has arrived whole, else None.
         header_bytes: Length of the packed header, once known.
-        frames: Tensors that arrived whole and matched both checksums, in order; their buffers are the sink's.
+        frames: Tensors that arrived whole and passed every check, in order; their buffers are the sink's.
         position: Bytes of the stream consumed so far.
         complete: Whether the last byte has arrived and every check passed.
+        aside: Where digests and ``check`` run, which are most of the cost: a function that runs what it is given
+            elsewhere, one after another in the order given (an executor's ``submit``, with one worker). May be set
+            between calls of `feed`; whoever sets it waits for what was given before `finish`. None: in `feed`, at once.
     """
 
-    def __init__(self, open_sink: Callable[[Header], Sink] | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        open_sink: Callable[[Header], Sink] | None = None,
+        limits: Limits | None = None,
+        check: Callable[[TensorFrame], None] | None = None,
+    ) -> None:
         self._open_sink = open_sink or (lambda header: allocate)
         self._limits = limits or Limits()
+        self._check = check
+        self._begun = 0
         self._expect = _Expect.HEADER_LENGTH
         self._need = _U32.size
         self._small = bytearray()
@@ -266,7 +278,8 @@ class Decoder:
         self._filled = 0
         self._crc = 0
         self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        self._error: NowcastError | None = None
+        self._error: Exception | None = None
+        self.aside: Callable[[Callable[[], None]], object] | None = None
         self.header: Header | None = None
         self.header_bytes = 0
         self.frames: list[TensorFrame] = []
@@ -274,7 +287,7 @@ class Decoder:
 
     @property
     def complete(self) -> bool:
-        return self._expect is _Expect.END and self._error is None
+        return self._expect is _Expect.END and self._error is None and len(self.frames) == self._begun
 
     @property
     def content_length(self) -> int | None:
@@ -285,14 +298,14 @@ class Decoder:
         """Take the next bytes of the stream.
 
         Returns:
-            The tensors these bytes completed.
+            The tensors that passed every check meanwhile.
 
         Raises:
             MalformedFrame: The bytes break the format, or go on after the stream's end.
             ChecksumMismatch: A tensor's bytes do not match its CRC-32 or its digest.
             TooLarge: A cap is exceeded.
             UnsupportedVersion: The stream's version is not served.
-            NowcastError: Whatever ``open_sink`` raised. A decoder that raised once raises the same for ever.
+            NowcastError: Whatever ``open_sink`` or ``check`` raised. A decoder that raised once raises it for ever.
         """
         if self._error is not None:
             raise self._error
@@ -315,7 +328,7 @@ class Decoder:
                         self._take_small(small)
                 at += taken
                 self.position += taken
-        except NowcastError as exc:
+        except Exception as exc:
             self._error = exc
             raise
         return self.frames[done:]
@@ -331,7 +344,7 @@ class Decoder:
         """
         if self._error is not None:
             raise self._error
-        if self.header is None or self._expect is not _Expect.END:
+        if self.header is None or not self.complete:
             whole = self.content_length
             raise MalformedFrame(
                 f"the stream ends after {self.position} bytes",
@@ -365,7 +378,8 @@ class Decoder:
                 raise MalformedFrame(
                     f"the frame of tensor {short(entry.name)} has {length} bytes", expected=f"{entry.nbytes} bytes"
                 )
-            self._data = memoryview(self._sink(len(self.frames), entry)).cast("B")
+            self._data = memoryview(self._sink(self._begun, entry)).cast("B")
+            self._begun += 1
             if self._data.nbytes != entry.nbytes or self._data.readonly:
                 raise TypeError(f"the sink gave {self._data.nbytes} bytes for a tensor of {entry.nbytes}")
             self._filled, self._crc = 0, 0
@@ -377,10 +391,10 @@ class Decoder:
 
     def _take_data(self, view: memoryview) -> int:
         taken = min(self._data.nbytes - self._filled, view.nbytes)
-        chunk = view[:taken]
-        self._crc = zlib.crc32(chunk, self._crc)
-        self._hash.update(chunk)
-        self._data[self._filled : self._filled + taken] = chunk
+        part = self._data[self._filled : self._filled + taken]
+        part[:] = view[:taken]
+        self._crc = zlib.crc32(part, self._crc)
+        self._do(partial(self._hash.update, part))
         self._filled += taken
         if self._filled == self._data.nbytes:
             self._expect, self._need = _Expect.CRC, _U32.size
@@ -388,25 +402,48 @@ class Decoder:
 
     def _close_tensor(self, crc: int) -> None:
         entry = self._entry()
-        if crc != self._crc or self._hash.digest() != entry.digest:
-            which = "CRC-32" if crc != self._crc else "digest"
-            raise ChecksumMismatch(
-                f"the bytes of tensor {short(entry.name)} do not match its {which}",
-                expected="the bytes the sender read",
-                remedy="send the stream again",
-            )
-        self.frames.append(
-            TensorFrame(entry.name, entry.dtype, entry.shape, self._data, entry.snapshot, digest=entry.digest)
-        )
+        if crc != self._crc:
+            raise _mismatch(entry, "CRC-32")
+        frame = TensorFrame(entry.name, entry.dtype, entry.shape, self._data, entry.snapshot, digest=entry.digest)
+        self._do(partial(self._accept, frame, self._hash))
         self._data = memoryview(b"")
         self._next_tensor()
 
+    def _accept(self, frame: TensorFrame, state: Any) -> None:
+        if state.digest() != frame.digest:
+            raise _mismatch(frame, "digest")
+        if self._check is not None:
+            self._check(frame)
+        self.frames.append(frame)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self.aside is None:
+            work()
+        else:
+            self.aside(partial(self._caught, work))
+
+    def _caught(self, work: Callable[[], None]) -> None:
+        try:
+            if self._error is None:
+                work()
+        except Exception as exc:  # raised by the next `feed`, or by `finish`
+            self._error = exc
+
     def _next_tensor(self) -> None:
-        more = len(self.frames) < len(self._listed())
+        more = self._begun < len(self._listed())
         self._expect, self._need = (_Expect.LENGTH, _U64.size) if more else (_Expect.END, 0)
 
     def _listed(self) -> tuple[TensorEntry, ...]:
         return () if self.header is None else self.header.tensors
 
     def _entry(self) -> TensorEntry:
-        return self._listed()[len(self.frames)]
+        """The tensor at hand: the next one where its length is still to come, else the one that is being read."""
+        return self._listed()[self._begun - (self._expect is not _Expect.LENGTH)]
+
+
+def _mismatch(tensor: TensorEntry | TensorFrame, which: str) -> ChecksumMismatch:
+    return ChecksumMismatch(
+        f"the bytes of tensor {short(tensor.name)} do not match its {which}",
+        expected="the bytes the sender read",
+        remedy="send the stream again",
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from nowcast_proto.errors import MalformedFrame, TooLarge
@@ -16,6 +18,8 @@ from nowcast_proto.errors import MalformedFrame, TooLarge
 DTYPES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Wire dtype -> bytes per element."""
 
+MUCH = 1 << 22
+"""Bytes from which on another thread is worth its while."""
 DIGEST_BYTES = 16
 _HASH_STEP = 1 << 24
 
@@ -139,6 +143,25 @@ def digest(data: memoryview | bytes | bytearray) -> bytes:
     for start in range(0, view.nbytes, _HASH_STEP):
         state.update(view[start : start + _HASH_STEP])
     return state.digest()
+
+
+def seal(frames: Sequence[TensorFrame], threads: int) -> None:
+    """Compute the digests that are missing, several tensors at a time where there is much to do.
+
+    Args:
+        frames: Any tensors; their digests are kept with them.
+        threads: How many to work on at once.
+
+    Raises:
+        MalformedFrame: As `TensorFrame.entry`.
+    """
+    open_ = [frame for frame in frames if frame.digest is None]
+    if threads == 1 or sum(frame.view().nbytes for frame in open_) < MUCH:
+        for frame in open_:
+            frame.entry()
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            deque(pool.map(TensorFrame.entry, open_), maxlen=0)
 
 
 def short(name: object) -> str:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Request
 from nowcast_proto.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from nowcast_proto.stream import Decoder, Encoder
-from nowcast_proto.tensors import TensorFrame
+from nowcast_proto.tensors import MUCH
 from nowcast_proto.version import MEDIA_TYPE, version_of_media_type
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 _BATCH = 1 << 19
 """Bytes checked per trip to a thread: enough to make the trip cheap, little enough to keep memory flat."""
-
-Check = Callable[[TensorFrame], None]
-
 
 def check_media_type(request: Request) -> None:
     """Hold a body to this protocol's media type.
@@ -74,41 +72,40 @@ async def read_all(request: Request, *, cap: int, idle: float) -> bytes:
     return bytes(body)
 
 
-async def receive_stream(
-    request: Request, decoder: Decoder, *, idle: float, check: Check, count: Callable[[int], None]
-) -> None:
+async def receive_stream(request: Request, decoder: Decoder, *, idle: float, count: Callable[[int], None]) -> None:
     """Feed a body to a decoder.
 
-    The header is taken on the event loop, where its sink may touch shared state; tensor bytes are checked in a thread
-    while the next ones arrive. Whatever ends the body, all bytes that arrived have been fed when this returns or
-    raises, so that an upload can resume where it stands.
+    The header is taken on the event loop, where its sink may touch shared state; tensor bytes are copied in a thread
+    while the next ones arrive, and those of a long stream are digested in yet another. Whatever ends the body, all
+    bytes that arrived have been taken and checked when this returns or raises, so that an upload can resume where it
+    stands.
 
     Args:
         request: Whose body.
         decoder: Takes it; need not be complete at the end.
         idle: Seconds without a byte after which the body is given up.
-        check: Called for every tensor that is complete.
         count: Called with the number of bytes of each piece.
 
     Raises:
-        NowcastError: What the decoder or the check raised, or the client was silent for too long.
+        NowcastError: What the decoder raised, or the client was silent for too long.
         ClientDisconnect: The client went away.
     """
 
     def feed(batch: list[bytes]) -> None:
         for piece in batch:
-            for frame in decoder.feed(piece):
-                check(frame)
+            decoder.feed(piece)
 
     batch: list[bytes] = []
     size = 0
     feeding: asyncio.Future[None] | None = None
+    digesting = _digesting(decoder)
     try:
         async with contextlib.aclosing(pieces(request, idle)) as stream:
             async for piece in stream:
                 count(len(piece))
                 if decoder.header is None:
                     feed([piece])
+                    digesting = _digesting(decoder)
                     continue
                 batch.append(piece)
                 size += len(piece)
@@ -119,10 +116,26 @@ async def receive_stream(
                     batch, size = [], 0
     finally:
         # Shielded: a cancelled request must not leave a thread writing into a buffer that is about to be reused.
-        if feeding is not None:
-            await asyncio.shield(feeding)
-        if batch:
-            await asyncio.shield(asyncio.to_thread(feed, batch))
+        try:
+            if feeding is not None:
+                await asyncio.shield(feeding)
+            if batch:
+                await asyncio.shield(asyncio.to_thread(feed, batch))
+        finally:
+            if digesting is not None:
+                decoder.aside = None
+                last = digesting.submit(feed, [b""])  # raises what was found there
+                digesting.shutdown(wait=False)
+                await asyncio.shield(asyncio.wrap_future(last))
+
+
+def _digesting(decoder: Decoder) -> ThreadPoolExecutor | None:
+    """A thread for the digests of a stream, once its header says that it is worth one."""
+    if decoder.header is None or decoder.header.tensor_bytes < MUCH:
+        return None
+    thread = ThreadPoolExecutor(1, "nowcast-digest")
+    decoder.aside = thread.submit
+    return thread
 
 
 async def disconnected(request: Request) -> None:

@@ -15,7 +15,7 @@ import torch
 from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest, NotFound
 from nowcast_proto.messages import CoverageReport, ModelInfo, OutsideGraph, PredictionFields
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_proto.tensors import TensorFrame
+from nowcast_proto.tensors import TensorFrame, seal
 from torch import Tensor
 
 from nowcast_service.history import History
@@ -210,9 +210,8 @@ def predict(
         target = move(newest, parameters.pop(name), request.update_scale)
         if request.reply == "delta":
             target = target - newest.to(target)
-        frame = frame_of(name, shape, target, request.reply_dtype)
-        frame.entry()
-        frames.append(frame)
+        frames.append(frame_of(name, shape, target, request.reply_dtype))
+    seal(frames, torch.get_num_threads())
     output = time.perf_counter() - computed
     return Prediction(tuple(frames), state, computed - began, output, coverage_report(predictor, spec))
 

@@ -180,11 +180,9 @@ async def _receive_history(
         held.append(service.sessions.reserve(packed_bytes(header.tensors) + spec_bytes(message.spec), "the nowcast"))
         return packed_sink(header)
 
-    decoder = Decoder(opened, service.settings.limits)
+    decoder = Decoder(opened, service.settings.limits, check_finite)
     with service.upload():
-        await receive_stream(
-            request, decoder, idle=service.settings.upload_idle, check=check_finite, count=service.count_in
-        )
+        await receive_stream(request, decoder, idle=service.settings.upload_idle, count=service.count_in)
     header = decoder.finish()
     snapshots: list[dict[str, Tensor]] = [{} for _ in range(header.snapshots)]
     for frame in decoder.frames:
@@ -346,9 +344,7 @@ async def put_snapshot(
     with service.upload():
         upload = session.open_upload(step, offset, digest, service.settings.limits)
         try:
-            await receive_stream(
-                request, upload.decoder, idle=service.settings.upload_idle, check=check_finite, count=service.count_in
-            )
+            await receive_stream(request, upload.decoder, idle=service.settings.upload_idle, count=service.count_in)
         except DeadlineExceeded:  # silence, like a broken connection, leaves an upload that can resume
             raise
         except NowcastError:

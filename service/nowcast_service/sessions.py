@@ -306,7 +306,7 @@ class Session:
                 )
             self._make_room_for_pinned()
             # The decoder knows the session, not the upload: no cycle may keep a snapshot's memory alive.
-            upload = Upload(step, Decoder(lambda header: self._open(step, header), limits))
+            upload = Upload(step, Decoder(lambda header: self._open(step, header), limits, check_finite))
             self.uploads[step] = upload
         upload.busy = True
         return upload

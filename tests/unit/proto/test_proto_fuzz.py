@@ -75,7 +75,7 @@ def test_a_hundred_thousand_generated_inputs():
         if watch:
             tracemalloc.start()
         decoder = Decoder(limits=LIMITS)
-        began = time.perf_counter()
+        began = time.thread_time()  # of this thread, however busy the machine
         cut = rng.randrange(len(data) + 1)
         try:
             decoder.feed(data[:cut])
@@ -85,7 +85,7 @@ def test_a_hundred_thousand_generated_inputs():
         except NowcastError:
             refused += 1
             assert not decoder.complete
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.thread_time() - began)
         if watch:
             assert tracemalloc.get_traced_memory()[1] < BUDGET
             tracemalloc.stop()

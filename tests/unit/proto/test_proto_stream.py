@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import msgpack
@@ -14,7 +15,7 @@ from nowcast_proto.errors import ChecksumMismatch, MalformedFrame, NowcastError,
 from nowcast_proto.messages import NowcastReplyHeader, NowcastRequest, SnapshotHeader
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Decoder, Encoder, Header, pack_header, unpack_header
-from nowcast_proto.tensors import Limits, TensorFrame, digest
+from nowcast_proto.tensors import Limits, TensorFrame, digest, seal
 
 SPEC = ArchitectureSpec.model_validate({"family": "sequential", "parameters": [{"name": "w", "shape": [2, 2]}]})
 
@@ -330,6 +331,64 @@ def test_caps_on_one_tensor(cap, at, over):
         Decoder(limits=limits).feed(spelled(wide, **over))
     with pytest.raises(TooLarge):  # the encoder holds itself to the same caps
         spelled(limits, **over)
+
+
+def test_digests_may_be_checked_elsewhere():
+    """With ``aside`` set, `feed` leaves digests and the check to somebody else, in order."""
+    stream, later, seen = joined(request_encoder()), [], []
+    decoder = Decoder(check=lambda frame: seen.append(frame.name))
+    decoder.aside = later.append
+    assert decoder.feed(stream) == []
+    assert not decoder.complete
+    with pytest.raises(MalformedFrame):
+        decoder.finish()
+    for work in later:
+        work()
+    assert decoder.complete
+    assert decoder.finish() == request_encoder().header
+    whole = Decoder()
+    whole.feed(stream)
+    assert [(f.name, bytes(f.view())) for f in decoder.frames] == [(f.name, bytes(f.view())) for f in whole.frames]
+    assert seen == [f.name for f in whole.frames]
+
+
+def test_what_is_found_elsewhere_is_raised_by_whatever_comes_next():
+    raw = struct.pack("<2f", 1.0, 2.0)
+    rows = [row(digest=digest(raw)), row(name="v", digest=digest(bytes(8)))]
+    tensor = struct.pack("<Q", 8) + raw + struct.pack("<I", zlib.crc32(raw))
+    stream = header_with(tensors=rows) + 2 * tensor  # the second is not what its digest says
+    with ThreadPoolExecutor(1) as pool:
+        decoder = Decoder()
+        decoder.aside = pool.submit
+        decoder.feed(stream)
+    assert [frame.name for frame in decoder.frames] == [rows[0]["name"]]
+    assert not decoder.complete
+    for call in (decoder.finish, lambda: decoder.feed(b"")):
+        with pytest.raises(ChecksumMismatch, match="digest"):
+            call()
+
+    def refuse(frame: TensorFrame) -> None:
+        raise TooLarge("no")
+
+    for aside in (None, lambda work: work()):
+        strict = Decoder(check=refuse)
+        strict.aside = aside
+        with pytest.raises(TooLarge):
+            (strict.feed(stream), strict.finish())
+        assert not strict.frames
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_seal_computes_the_digests_that_are_missing(threads: int):
+    frames = [TensorFrame(str(i), "float32", (size,), bytes(4 * size)) for i, size in enumerate((3, 1 << 20, 1 << 19))]
+    frames[0].digest = b"known" + bytes(11)
+    seal(frames, threads)
+    assert [frame.digest for frame in frames] == [b"known" + bytes(11), *(digest(f.view()) for f in frames[1:])]
+    with pytest.raises(MalformedFrame):
+        seal(
+            [TensorFrame("w", "float32", (1 << 20,), bytes(4 << 20)), TensorFrame("v", "float32", (2,), bytes(7))],
+            threads,
+        )
 
 
 def test_caps_on_the_stream():
