@@ -46,7 +46,7 @@ class Server:
             stdout=log,
             stderr=log,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (announced.exists() and announced.read_text().strip()):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((self.folder / f"log{self.starts}").read_text())
@@ -62,14 +62,14 @@ class Server:
         """kill -9."""
         self.signal(signal.SIGKILL)
         if self.process is not None:
-            self.process.wait(10)
+            self.process.wait(30)
 
     def stop(self) -> None:
         """End it in whatever state it is."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(30)
 
     @property
     def url(self) -> str:
@@ -186,7 +186,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.events: list[Event] = []
         self.slowest = 0.0
-        options = {"period": 50, "trial": False, "wait": 30.0, "retry": QUICK, "timeout": 5.0, "update_scale": 0.1}
+        options = {"period": 50, "trial": False, "wait": 30.0, "retry": QUICK, "timeout": 20.0, "update_scale": 0.1}
         self.handle = attach(
             self.model,
             self.optimizer,

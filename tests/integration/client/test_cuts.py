@@ -54,14 +54,14 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 def soon() -> float:
-    return time.monotonic() + 20.0
+    return time.monotonic() + 60.0
 
 
 def session_at(url: str, session_id: str, retry: Retry) -> Session:
-    return Session(HttpTransport(url), SPEC, session_id=session_id, timeout=5.0, retry=retry)
+    return Session(HttpTransport(url), SPEC, session_id=session_id, timeout=20.0, retry=retry)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_upload_cut_anywhere(server: Server) -> None:
     """No partial snapshot ever counts, and trying again completes it."""
     direct = session_at(server.url, mint(), AGAIN)
@@ -125,7 +125,7 @@ def read(frames: Sequence[TensorFrame]) -> list[bytes]:
     return [bytes(f.view()) for f in frames]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_reply_cut_anywhere(server: Server) -> None:
     """No partial answer is ever handed out, and asking again gives the whole one."""
     origin, job, expected = nowcast(server)
@@ -172,7 +172,7 @@ def test_question_cut_anywhere(server: Server, proxy: Proxy) -> None:
     assert proxy.struck == 200
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_corrupted_reply(server: Server) -> None:
     """A flipped bit in each byte of the headers and 200 of the payload: refused, or in a field nobody acts on."""
     origin, job, expected = nowcast(server)
@@ -186,10 +186,11 @@ def test_corrupted_reply(server: Server) -> None:
         refused = 0
         for number, place in enumerate(places[lane::LANES]):
             session = session_at(proxy.url, origin.id, ONCE)
-            session._timeout = 0.5
+            # A flip in the HTTP header may leave it waiting for bytes that never come; one in the payload may not.
+            session._timeout = 0.5 if place < header_end else 20.0
             proxy.plans.append(Plan("down", place, flip=(number + lane) % 8))
             try:
-                _, frames = session._fetch(job, time.monotonic() + 0.5)
+                _, frames = session._fetch(job, time.monotonic() + session._timeout)
             except NowcastError:
                 refused += place >= header_end
             else:

@@ -57,7 +57,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nowcast_service.cli", "serve"], env=environment, stdout=log, stderr=log
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not announced.exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the service did not start:\n{self.log.read_text()}")
@@ -116,7 +116,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
 
 
 Serve = Callable[..., Server]

@@ -29,12 +29,12 @@ class Gate:
 
     def __call__(self) -> str:
         self.begun.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         return "done"
 
 
 def eventually(condition) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
@@ -42,9 +42,9 @@ def eventually(condition) -> bool:
 
 def test_jobs_run_one_after_the_other_in_order(engine: Engine):
     order, gate = [], Gate()
-    first = engine.submit(engine.admit("a"), gate, seconds=10)
-    jobs = [engine.submit(engine.admit(t), lambda i=i: order.append(i), seconds=10) for i, t in enumerate("ab")]
-    assert gate.begun.wait(5)
+    first = engine.submit(engine.admit("a"), gate, seconds=60)
+    jobs = [engine.submit(engine.admit(t), lambda i=i: order.append(i), seconds=60) for i, t in enumerate("ab")]
+    assert gate.begun.wait(30)
     assert (first.state, jobs[0].state) == ("running", "queued")
     assert [engine.before(job) for job in (first, *jobs)] == [0, 1, 2]
     assert order == []
@@ -75,9 +75,9 @@ def test_places_are_bounded_in_all_and_per_tenant(engine: Engine):
 
 def test_an_abandoned_job_frees_its_place_only_when_the_device_is_done_with_it(engine: Engine):
     gate = Gate()
-    running = engine.submit(engine.admit("a"), gate, seconds=10)
-    queued = engine.submit(engine.admit("a"), lambda: pytest.fail("ran"), seconds=10)
-    assert gate.begun.wait(5)
+    running = engine.submit(engine.admit("a"), gate, seconds=60)
+    queued = engine.submit(engine.admit("a"), lambda: pytest.fail("ran"), seconds=60)
+    assert gate.begun.wait(30)
     engine.abandon(queued)
     with pytest.raises(CancelledError):
         queued.result()
@@ -95,7 +95,7 @@ def test_an_abandoned_job_frees_its_place_only_when_the_device_is_done_with_it(e
 
 def test_a_job_past_its_deadline_never_runs(engine: Engine):
     gate = Gate()
-    engine.submit(engine.admit("a"), gate, seconds=10)
+    engine.submit(engine.admit("a"), gate, seconds=60)
     late = engine.submit(engine.admit("a"), lambda: pytest.fail("ran"), seconds=0.01)
     time.sleep(0.05)
     gate.open.set()
@@ -108,7 +108,7 @@ def test_failures_are_typed_and_disclose_nothing(engine: Engine):
         def work():
             raise error
 
-        return engine.submit(engine.admit("a"), work, seconds=10)
+        return engine.submit(engine.admit("a"), work, seconds=60)
 
     with pytest.raises(InvalidSnapshot, match="named"):
         fails(InvalidSnapshot("named")).result()
@@ -117,12 +117,12 @@ def test_failures_are_typed_and_disclose_nothing(engine: Engine):
     assert "secret" not in str(caught.value)
     with pytest.raises(TooLarge):
         fails(MemoryError()).result()
-    assert engine.submit(engine.admit("a"), lambda: 1, seconds=10).result() == 1
+    assert engine.submit(engine.admit("a"), lambda: 1, seconds=60).result() == 1
 
 
 def test_draining_refuses_new_work_and_finishes_the_old(engine: Engine):
     gate = Gate()
-    job = engine.submit(engine.admit("a"), gate, seconds=10)
+    job = engine.submit(engine.admit("a"), gate, seconds=60)
     engine.drain()
     with pytest.raises(Unavailable) as caught:
         engine.admit("a")
@@ -150,7 +150,7 @@ def test_what_a_job_worked_on_is_freed_with_it(engine: Engine, fails: bool):
 
     gc.disable()
     try:
-        job = engine.submit(engine.admit("a"), work, seconds=10, ended=lambda job: None)
+        job = engine.submit(engine.admit("a"), work, seconds=60, ended=lambda job: None)
         del work, history
         assert eventually(job.future.done)
         for _ in range(2):
@@ -168,6 +168,6 @@ def test_an_observer_that_fails_does_not_end_the_worker(engine: Engine):
     def broken(job):
         raise RuntimeError("observer")
 
-    engine.submit(engine.admit("a"), lambda: 1, seconds=10, ended=broken).result()
-    assert engine.submit(engine.admit("a"), lambda: 2, seconds=10).result() == 2
+    engine.submit(engine.admit("a"), lambda: 1, seconds=60, ended=broken).result()
+    assert engine.submit(engine.admit("a"), lambda: 2, seconds=60).result() == 2
     assert engine.alive
