@@ -4,8 +4,10 @@ PYTHON ?= python3
 # several gigabytes, stay out; by default pip looks where it is set to look.
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
-# Options for pytest, e.g. make test TESTS="tests/unit -k spec"
+# Options for pytest, e.g. make test TESTS="tests/unit -k spec", and how many processes run tests: a file goes to one of
+# them whole, the long ones of tests/integration first. JOBS=0 runs everything in one process.
 TESTS ?=
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
@@ -26,7 +28,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 demo: $(STAMP) ## Train a small GPT alone and nowcast, and draw both
 	@$(BIN)/nowcast demo

@@ -21,6 +21,8 @@ from nowcast_client.hook import Event
 from nowcast_client.transport import Retry
 from torch import nn
 
+from ...ports import free_port
+
 QUICK = Retry(attempts=4, base=0.01, cap=0.3)
 
 
@@ -29,7 +31,7 @@ class Server:
     """``nowcast serve`` on a port of its own, which it keeps over restarts."""
 
     folder: Path
-    port: int = 0
+    port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0

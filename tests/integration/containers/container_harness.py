@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ...ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 HOW = (
@@ -47,9 +48,7 @@ class Stack:
     """The compose file, brought up under a name and on a port of its own."""
 
     def __init__(self, command: list[str], name: str, settings: dict[str, str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.name = name
         self.image = "nowcast:test"
         self._command = [*command, "-p", name]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 from nowcast_client import NowcastClient
 from nowcast_proto.spec import ArchitectureSpec
 
+from ...ports import free_port
 from .container_harness import ROOT, Trainer, get
 
 pytestmark = [pytest.mark.socket, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -34,12 +34,6 @@ PANELS = [
 ]
 MAY_BE_EMPTY = {"sum by (reason) (rate(nowcast_sessions_dropped_total[5m]))"}
 """Nothing is dropped in so short a time; a typo in the name is caught by `test_metrics_exist`."""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
@@ -67,7 +61,7 @@ def binary() -> str:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real service that asks for a key."""
     folder = tmp_path_factory.mktemp("service")
-    port, log = _free_port(), folder / "log"
+    port, log = free_port(), folder / "log"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("NOWCAST_")}
     settings = {"NOWCAST_PORT": str(port), "NOWCAST_API_KEY": KEY, "NOWCAST_THREADS": "1"}
     with log.open("wb") as out:
@@ -94,7 +88,7 @@ def prometheus(binary: str, service: str, tmp_path_factory: pytest.TempPathFacto
     config["global"]["scrape_interval"] = "1s"
     (folder / "key").write_text(KEY)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port, log = _free_port(), folder / "log"
+    port, log = free_port(), folder / "log"
     url = f"http://127.0.0.1:{port}"
     arguments = (
         f"--config.file={folder}/prometheus.yml",

@@ -63,9 +63,6 @@ class Server:
                 raise RuntimeError(f"the service did not start:\n{self.log.read_text()}")
             time.sleep(0.02)
         self.url = announced.read_text().strip()
-        # A restarted service must come back under the address its clients know.
-        if self.url.startswith("http"):
-            self.environment["NOWCAST_PORT"] = self.url.rsplit(":", 1)[1]
         return self
 
     def client(self, key: str | None = None, **options: Any) -> httpx.Client:

@@ -18,6 +18,7 @@ from nowcast_service.nino.checkpoint import Checkpoint, save_checkpoint
 from nowcast_service.nino.config import NiNoConfig
 from nowcast_service.nino.model import NiNoTwin
 
+from ...ports import free_port
 from .service_harness import Serve, Server, Training, ask, create, error, eventually, fetch, send, sequential, tensors
 
 pytestmark = [pytest.mark.socket, pytest.mark.kill]
@@ -146,7 +147,7 @@ def test_a_stuck_queue_is_not_ready_but_alive(serve: Serve, checkpoint):
 
 
 def test_after_kill_9_the_history_is_asked_for_again(serve: Serve):
-    server = serve()
+    server = serve(port=free_port())
     with server.client() as client:
         create(client, "s", SPEC)
         for step in STEPS:
