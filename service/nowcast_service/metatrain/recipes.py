@@ -192,8 +192,9 @@ def _gpu() -> Recipe:
         for size in (16, 32)
     )
     texts = tuple(
-        Group(arch=arch, source=source, models=12, repeats=2, lr=text_lr, steps=6000, batch=32)
-        for vocabulary, source in ((256, "shakespeare:bytes"), (2000, "shakespeare:words2000"))
+        Group(arch=arch, source=f"{text}:{tokens}", models=12, lr=text_lr, steps=6000, batch=32)
+        for text in ("shakespeare", "headers")
+        for vocabulary, tokens in ((256, "bytes"), (2000, "words2000"))
         for arch in (
             _gpt2(2, 32, 4, vocabulary, 64),
             _gpt2(3, 24, 3, vocabulary, 64),
@@ -202,7 +203,7 @@ def _gpu() -> Recipe:
             _llama(3, 48, 4, 4, vocabulary, 64),
         )
     )
-    return Recipe(groups=_cpu().groups[:15] + images + texts)
+    return Recipe(groups=_cpu().groups + images + texts)
 
 
 def _smoke() -> Recipe:
