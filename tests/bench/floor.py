@@ -3,7 +3,7 @@
 Every tile of the engine's own plan is replayed: the products of the three-layer network at the engine's shapes (raw
 inputs x d, d x d, the cross term, the output column) and 4 d SiLU per edge, in buffers that stay in cache, by the same
 workers. What the engine adds to that (reading and standardising snapshots, terms of nodes, sums, writing results) is
-overhead.
+overhead. SiLU is PyTorch's, or the engine's own compiled kernel with nothing to add, which is faster.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ class Floor:
         engine: The engine whose tiles are replayed.
         graph: The graph.
         share: Share of the regions of each dense block to replay, for graphs that would take minutes.
+        compiled: SiLU by the engine's kernel, where it has one, and not by PyTorch.
     """
 
-    def __init__(self, engine: ExactEngine, graph: NeuralGraph, *, share: float = 1.0) -> None:
+    def __init__(self, engine: ExactEngine, graph: NeuralGraph, *, share: float = 1.0, compiled: bool = False) -> None:
         self._plan: Plan = engine.plan(graph)
         self._d = engine.config.hidden
         self._context = engine.config.context
         self._share = share
+        self._add_silu = engine._add_silu if compiled else None
+        self._nothing = torch.zeros(1, self._d).numpy()
         self._random = torch.Generator().manual_seed(0)
         self._square = self._draw(self._d * self._d).view(self._d, self._d)
         self._column = self._draw(self._d).view(self._d, 1)
@@ -120,7 +123,14 @@ class Floor:
         """u = silu(h U)."""
         u = self._buffer(space, "u", edges, self._d)
         torch.mm(self._buffer(space, "x", edges, width), self._inputs[:width], out=u)
-        return silu(u, inplace=True)
+        return self._silu(u)
+
+    def _silu(self, u: Tensor) -> Tensor:
+        """In place."""
+        if self._add_silu is None:
+            return silu(u, inplace=True)
+        self._add_silu(u.numpy()[None], self._nothing, self._nothing)
+        return u
 
     def _output(self, space: dict[str, Tensor], block: Block, edges: int) -> None:
         if not isinstance(block.values, View):  # auxiliary links have no output
@@ -128,9 +138,9 @@ class Floor:
         u = self._first(space, edges, block.features * self._context)
         v = self._buffer(space, "v", edges, self._d)
         torch.mm(u, self._square, out=v)
-        silu(v, inplace=True)
+        self._silu(v)
         torch.mm(v, self._square, out=u)
-        silu(u, inplace=True)
+        self._silu(u)
         torch.mm(u, self._column)
 
 

@@ -20,11 +20,12 @@ vectors per node (one more per layer beyond three) plus tiles.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from nowcast_proto.errors import HorizonOutOfRange, InvalidCheckpoint, InvalidRequest, InvalidSnapshot
@@ -49,6 +50,7 @@ _ROWS_ON_DEVICE = 1 << 17
 _NODE_ROWS = 4096
 
 Progress = Callable[[int, int], None]
+_LOG = logging.getLogger(__name__)
 
 
 def _activate(name: str, x: Tensor) -> None:
@@ -61,6 +63,17 @@ def _activate(name: str, x: Tensor) -> None:
         x.tanh_()
     else:
         torch.ops.aten.gelu_(x)
+
+
+@cache
+def _add_silu() -> Callable[..., None] | None:
+    """The compiled kernel (see `engine_kernels`), or None where it cannot be had: PyTorch does the same, slower."""
+    try:
+        from nowcast_service.nino.engine_kernels import add_silu
+    except Exception as error:
+        _LOG.debug("no compiled kernel, PyTorch is used instead: %s", error)
+        return None
+    return add_silu
 
 
 class ExactEngine:
@@ -104,6 +117,7 @@ class ExactEngine:
         self.memory_budget = memory_budget
         self._threads = threads
         self._products = Products(self.device, precision)
+        self._add_silu = _add_silu() if self.device.type == "cpu" and self.config.act == "silu" else None
         with torch.no_grad():
             self._weights = Weights.fuse(checkpoint.config, checkpoint.state, self.device)
             first = 0 if checkpoint.config.input_layer == "linear" else 1
@@ -224,6 +238,8 @@ class _Run:
         self.scale_weights = engine._scale_weights
         self.products = engine._products
         self.device = engine.device
+        self.add_silu = engine._add_silu
+        self.nothing = torch.zeros(1, engine.config.hidden)
         self.graph = graph
         self.history = history
         self.plan = plan
@@ -430,29 +446,30 @@ class _Run:
             else:
                 self.products.into(f.view(n, d), self.level_weights[number], out)
             f = out.view(*f.shape[:2], d)
-            term_s = terms_s[number]
+            term_s, term_t = terms_s[number], terms_t[number]
+            if self.add_silu is not None:
+                self.add_silu(f.numpy(), (self.nothing if term_s is None else term_s).numpy(), term_t.numpy())
+                continue
             if term_s is not None:
-                f.add_(term_s)
-            f.add_(terms_t[number])
+                f.add_(term_s[:, None])
+            f.add_(term_t)
             _activate(self.config.act, out)
         return f
 
     def _target_terms(self, levels: Sequence[Level], block: Block, targets: slice) -> list[Tensor]:
-        """Per level (J, d) or (d,): what the target node and constants add before the activation."""
+        """Per level (J, d) or (1, d): what the target node and constants add before the activation."""
         terms: list[Tensor] = []
         for level in levels:
             const = _of_type(level.const, block)
             if level.target is None:
-                terms.append(const)
+                terms.append(const[None])
             else:
                 terms.append(torch.addmm(const, self.x[level.nodes][targets], level.target))
         return terms
 
     def _source_terms(self, levels: Sequence[Level], sources: slice) -> list[Tensor | None]:
-        """Per level (I, 1, d): what the source node adds before the activation."""
-        return [
-            None if level.source is None else (self.x[level.nodes][sources] @ level.source)[:, None] for level in levels
-        ]
+        """Per level (I, d): what the source node adds before the activation."""
+        return [None if level.source is None else self.x[level.nodes][sources] @ level.source for level in levels]
 
     # -- listed edges --------------------------------------------------------------------------------------------------
 
@@ -614,7 +631,7 @@ def _reads(n_targets: int, tile: int) -> Iterator[tuple[int, int]]:
 
 def _cut(terms: Sequence[Tensor], j0: int, j1: int) -> list[Tensor]:
     """Terms of targets j0 … j1; those that are the same for all targets as they are."""
-    return [term[j0:j1] if term.ndim == 2 else term for term in terms]
+    return [term[j0:j1] if len(term) > 1 else term for term in terms]
 
 
 def _of_type(const: Tensor, block: Block) -> Tensor:
