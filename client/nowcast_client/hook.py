@@ -29,7 +29,7 @@ from nowcast_proto.errors import (
     UnsupportedArchitecture,
     UnsupportedVersion,
 )
-from nowcast_proto.messages import CoverageReport, NowcastJob, WireDType
+from nowcast_proto.messages import NowcastJob, WireDType
 from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -171,7 +171,6 @@ class Handle:
         self._hook_seconds = 0.0
         self._wait_seconds = 0.0
         self._upload_bytes = 0
-        self._coverage: CoverageReport | None = None
         self._closed = False
         reference = trial.reference if trial else 0
         window = trial.window if trial else 0
@@ -181,7 +180,15 @@ class Handle:
         self._ring: Ring | None = None
         if mode != "off" and transport is not None:
             self._ring = Ring(layout, cadence.context + 1, wire_dtype)
-            session = Session(transport, spec, keep=cadence.context + 1, timeout=timeout, retry=retry)
+            session = Session(
+                transport,
+                spec,
+                keep=cadence.context + 1,
+                timeout=timeout,
+                retry=retry,
+                predictor=job.predictor,
+                checkpoint=job.checkpoint,
+            )
             self._uploader = Uploader(
                 session,
                 self._ring,
@@ -191,6 +198,7 @@ class Handle:
                 patch_bound=patch_bound,
                 keep_base=stale == "overwrite",
             )
+            self._uploader.open()
             self._hook()
             atexit.register(self.close)
 
@@ -258,8 +266,8 @@ class Handle:
             Counts of snapshots, nowcasts and verdicts; ``harm_steps``, steps lost to patches that were undone;
             ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer, of
             which ``wait_seconds`` were spent waiting, for a nowcast (``wait``) or for other ranks;
-            ``coverage``, what the service does with each parameter (None before the first nowcast, or where no graph
-            is needed).
+            ``coverage``, what the service does with each parameter (None until it has been reached for the first
+            time, a moment after attach, and where no graph is needed).
         """
 
         def part(prefix: str) -> dict[str, int]:
@@ -267,6 +275,7 @@ class Handle:
 
         names = ("snapshots", "asked", "arrived", "patched", "kept", "rolled_back", "rejected", "shadow", "unjudged")
         transport = self._transport
+        found = self._uploader.coverage if self._uploader else None
         return {
             "mode": self.mode,
             "steps": self.step,
@@ -280,7 +289,7 @@ class Handle:
             "hook_seconds": self._hook_seconds,
             "wait_seconds": self._wait_seconds,
             "host_bytes": (self._ring.nbytes if self._ring else 0) + self._backup.nbytes,
-            "coverage": coverage.numbers(self._coverage) if self._coverage else None,
+            "coverage": coverage.numbers(found) if found else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -327,10 +336,8 @@ class Handle:
         if state["mode"] == "off" and self.mode != "off":
             self._turn_off("it was off when the state was saved")
         if self._uploader is not None and state["session"]:
-            self._uploader.session.id = str(state["session"])
-            if state["window"]:
-                self._window = Window(remote=tuple(state["window"]), moved=dict(state["moved"]))
-                self._uploader.resume(self._window)
+            self._window = Window(remote=tuple(state["window"]), moved=dict(state["moved"]))
+            self._uploader.take_up(str(state["session"]), self._window)
 
     def close(self, timeout: float = 2.0) -> None:
         """Detach, within ``timeout`` seconds; what is under way is given up. Calling it twice is harmless."""
@@ -458,7 +465,6 @@ class Handle:
             elif result.window is self._asked:
                 self._counts["arrived"] += 1
                 self._arrived = result
-                self._note_coverage(result.coverage)
                 self._emit(
                     "nowcast",
                     of=result.patch.step,
@@ -467,12 +473,6 @@ class Handle:
                     stretch=result.stretch,
                     predictor=result.predictor,
                 )
-
-    def _note_coverage(self, report: CoverageReport | None) -> None:
-        """Show once what the service does with each parameter, before the first patch."""
-        if report is not None and self._coverage is None:
-            log.info("%s", coverage.lines(report, self.spec.family))
-        self._coverage = report or self._coverage
 
     # -------------------------------------------------------------- snapshots
 

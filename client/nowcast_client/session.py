@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeVar
+from urllib.parse import urlencode
 
 from nowcast_proto.errors import (
     ChecksumMismatch,
@@ -25,6 +26,7 @@ from nowcast_proto.errors import (
     NowcastError,
 )
 from nowcast_proto.messages import (
+    CoverageReport,
     NowcastJob,
     NowcastReplyHeader,
     Outcome,
@@ -92,6 +94,11 @@ class Session:
         retry: How often it is.
         stop: Set to end everything early.
         limits: Caps on replies.
+        predictor: What will predict, as far as chosen here.
+        checkpoint: The checkpoint it will use, as far as chosen here.
+
+    Attributes:
+        coverage: What the predictor will do with each parameter, as the service said when the session was opened.
     """
 
     def __init__(
@@ -105,7 +112,10 @@ class Session:
         retry: Retry | None = None,
         stop: threading.Event | None = None,
         limits: Limits | None = None,
+        predictor: str | None = None,
+        checkpoint: str | None = None,
     ) -> None:
+        self.coverage: CoverageReport | None = None
         self.id = session_id or mint()
         self.spec = spec
         self._transport = transport
@@ -114,6 +124,8 @@ class Session:
         self._retry = retry or Retry()
         self.stop = stop
         self._limits = limits or Limits()
+        chosen = {"predictor": predictor, "checkpoint": checkpoint}
+        self._query = urlencode({name: value for name, value in chosen.items() if value is not None})
         self._open = False
         self._spec_digest = spec.digest()
         self.resent = 0
@@ -130,10 +142,12 @@ class Session:
             NowcastError: The service refuses the spec, the key, or one more session; or cannot be reached.
         """
         body = SessionCreate(spec=self.spec, keep=self._keep).model_dump_json(exclude_none=True).encode()
-        state = self._json("PUT", self._route(ROUTE_SESSION), body, SessionState, deadline)
+        route = self._route(ROUTE_SESSION) + (f"?{self._query}" if self._query else "")
+        state = self._json("PUT", route, body, SessionState, deadline)
         if state.spec_digest != self._spec_digest:
             raise BadReply("the service holds the session with another spec", expected=self._spec_digest)
         self._open = True
+        self.coverage = state.coverage or self.coverage
         return state
 
     def state(self, deadline: float) -> SessionState | None:
@@ -142,6 +156,12 @@ class Session:
             return self._json("GET", self._route(ROUTE_SESSION), None, SessionState, deadline)
         except (NotFound, Expired):
             return None
+
+    def take_up(self, session_id: str) -> str | None:
+        """Go on with an earlier session; returns the id of the one that was open, of no use any more."""
+        left, self.id = self.id, session_id
+        self._open = False
+        return left if left != session_id else None
 
     def renew(self) -> None:
         """Go on under a new id; nothing the service holds under the old one is used again."""
@@ -208,10 +228,11 @@ class Session:
         verdict = Verdict(nowcast=nowcast, outcome=outcome, reason=reason and reason[:200], step=step)
         self._json("POST", self._route(ROUTE_VERDICTS), verdict.model_dump_json().encode(), VerdictReply, deadline)
 
-    def delete(self, deadline: float) -> None:
-        """Drop the session at the service."""
-        self._open = False
-        self._call("DELETE", self._route(ROUTE_SESSION), deadline, lambda reply: reply.text())
+    def delete(self, deadline: float, session_id: str | None = None) -> None:
+        """Drop the session, or another one of ours, at the service."""
+        if session_id is None:
+            self._open = False
+        self._call("DELETE", self._route(ROUTE_SESSION, session_id), deadline, lambda reply: reply.text())
 
     # ---------------------------------------------------------------- details
 
@@ -220,8 +241,8 @@ class Session:
         if time.monotonic() + pause >= deadline or (self.stop or threading.Event()).wait(pause):
             raise DeadlineExceeded("the service did not come back in time")
 
-    def _route(self, route: str, **parts: object) -> str:
-        return route.format(session=self.id, **parts)
+    def _route(self, route: str, session_id: str | None = None, **parts: object) -> str:
+        return route.format(session=session_id or self.id, **parts)
 
     def _call(
         self,

@@ -21,6 +21,7 @@ from nowcast_proto.errors import Conflict, NowcastError
 from nowcast_proto.messages import CoverageReport, NowcastJob, Outcome
 from torch import Tensor
 
+from nowcast_client import coverage
 from nowcast_client.layout import WIRE_DTYPES, Layout, views
 from nowcast_client.patch import Patch, verify
 from nowcast_client.session import Frames, Session
@@ -69,7 +70,6 @@ class Arrived:
     stretch: float
     seconds: float
     predictor: str
-    coverage: CoverageReport | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Uploader:
         keep_base: Keep the newest snapshot with the patch, for overwriting newer steps.
 
     Attributes:
+        coverage: What the service does with each parameter, once it has said so.
         in_one_piece: Whether a nowcast's tensors are to lie in one stretch of memory, for a broadcast.
     """
 
@@ -129,10 +130,12 @@ class Uploader:
         self._patch_bound = patch_bound
         self._keep_base = keep_base
         self.in_one_piece = False
+        self.coverage: CoverageReport | None = None
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open_jobs = 0
         self._current: Window | None = None
         self._closing = False
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nowcast-uploader", daemon=True)
         self._thread.start()
 
@@ -147,9 +150,17 @@ class Uploader:
         """Ask for the nowcast of a full window."""
         self._submit(lambda: self._nowcast(window, job))
 
-    def resume(self, window: Window) -> None:
-        """Find out whether the service still holds the window's remote steps."""
-        self._submit(lambda: self._resume(window))
+    def open(self) -> None:
+        """Open the session, so that the service says what it makes of the network before the first snapshot."""
+        self._submit(self._open)
+
+    def take_up(self, session_id: str, window: Window) -> None:
+        """Go on with an earlier session; find out whether the service still holds the window's remote steps."""
+        left = self.session.take_up(session_id)
+        if left is not None:
+            self._submit(lambda: self._forget(left))
+        if window.remote:
+            self._submit(lambda: self._resume(window))
 
     def drop(self, window: Window) -> None:
         """Nobody wants this window any more; its slots come back as soon as nothing reads them."""
@@ -176,6 +187,7 @@ class Uploader:
             Whether the thread ended within ``timeout`` seconds; it is a daemon and holds up nothing otherwise.
         """
         self._closing = True
+        self._ending.set()
         current = self._current
         if current is not None:
             current.cancelled.set()
@@ -269,7 +281,28 @@ class Uploader:
         else:
             if base is None:
                 self._release(window)
-            self._report(Arrived(window, patch, stretch, time.monotonic() - start, header.predictor, header.coverage))
+            self._note(header.coverage)
+            self._report(Arrived(window, patch, stretch, time.monotonic() - start, header.predictor))
+
+    def _open(self) -> None:
+        self.session.stop = self._ending
+        try:
+            self._note(self.session.open(time.monotonic() + self._upload_seconds).coverage)
+        except NowcastError as exc:  # the first snapshot opens it, or says why not
+            log.debug("the session was not opened at attach: %s", exc)
+
+    def _forget(self, session_id: str) -> None:
+        self.session.stop = self._ending
+        try:
+            self.session.delete(time.monotonic() + 2.0, session_id)
+        except NowcastError as exc:  # the service forgets idle sessions by itself
+            log.debug("session %s was not deleted: %s", session_id, exc)
+
+    def _note(self, report: CoverageReport | None) -> None:
+        """Show once what the service does with each parameter."""
+        if report is not None and self.coverage is None:
+            log.info("%s", coverage.lines(report, self.session.spec.family))
+        self.coverage = report or self.coverage
 
     def _resume(self, window: Window) -> None:
         self._begin(window)

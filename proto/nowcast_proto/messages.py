@@ -175,6 +175,11 @@ class SessionState(Answer):
     nowcasts: tuple[NowcastStatus, ...] = ()
     bytes_held: int = 0
     expires_in: Seconds = Field(description="Seconds of idleness after which the session is dropped.")
+    coverage: CoverageReport | None = Field(
+        default=None,
+        description="In the answer to `PUT`: what the predictor will do with each parameter; absent where it needs no "
+        "graph or there can be none.",
+    )
 
 
 class Verdict(Request):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest, NotFound
+from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest, NotFound, NowcastError
 from nowcast_proto.messages import CoverageReport, ModelInfo, OutsideGraph, PredictionFields
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.tensors import TensorFrame, seal
@@ -25,6 +26,7 @@ from nowcast_service.sessions import TORCH_DTYPES, Key
 from nowcast_service.settings import Settings
 from nowcast_service.weights import DEFAULT, PUBLISHED, cached_path, pull, resolve_checkpoint, shipped_path
 
+log = logging.getLogger(__name__)
 SHOWN_OUTSIDE = 32
 """Parameters outside the graph that a reply names; the others are counted."""
 
@@ -152,6 +154,14 @@ class Catalogue:
                     name = name or predictor_for(loaded)
                 self._made[key] = make_predictor(name, loaded, device=self.device, threads=self.threads)
             return self._made[key]
+
+    def coverage(self, request: PredictionFields, spec: ArchitectureSpec) -> CoverageReport | None:
+        """What the predictor a request means will do with each parameter; None where that cannot be said."""
+        try:
+            return coverage_report(self.predictor(self.resolve(request)), spec)
+        except NowcastError as exc:
+            log.debug("no coverage of a %s: %s", spec.family, exc)
+            return None
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Everything a request may name."""

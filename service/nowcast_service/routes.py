@@ -18,6 +18,7 @@ from nowcast_proto.messages import (
     NowcastReplyHeader,
     NowcastRequest,
     NowcastStatus,
+    PredictionFields,
     SessionCreate,
     SessionState,
     SnapshotState,
@@ -259,14 +260,22 @@ def _reply_header(
     openapi_extra=_json_body("SessionCreate", examples.SESSION),
 )
 async def put_session(
-    request: Request, response: Response, service: ServiceOf, tenant: TenantOf, name: SessionId
+    request: Request,
+    response: Response,
+    service: ServiceOf,
+    tenant: TenantOf,
+    name: SessionId,
+    predictor: Annotated[str | None, Query(description="Whose coverage to answer with.")] = None,
+    checkpoint: Annotated[str | None, Query(description="The checkpoint it will use.")] = None,
 ) -> SessionState:
     """Create a session for one model. The same body again changes nothing; another one is a conflict."""
     service.engine.check_open()
     body = await read_all(request, cap=int(service.settings.max_json), idle=service.settings.upload_idle)
     session, new = service.sessions.create(tenant, name, read_json(SessionCreate, body))
     response.status_code = 201 if new else 200
-    return _state(service, session)
+    fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
+    coverage = await asyncio.to_thread(service.catalogue.coverage, fields, session.spec)
+    return _state(service, session).model_copy(update={"coverage": coverage})
 
 
 @router.get(ROUTE_SESSION, tags=["sessions"], summary="What the service holds", response_model=SessionState)

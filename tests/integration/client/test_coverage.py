@@ -30,6 +30,19 @@ def _train(server: Server, predictor: str) -> dict:
     return summary
 
 
+def test_the_table_is_there_at_attach(server: Server, caplog) -> None:
+    model = Nano(modern=True, value_layers=(1,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with (
+        caplog.at_level(logging.INFO, logger="nowcast"),
+        attach(model, optimizer, server.url, predictor="nino") as handle,
+    ):
+        assert handle.wait(60)
+        assert handle.step == 0
+        assert handle.summary()["coverage"]["parameters"]["left"] == 2
+        assert "coverage of family nanogpt" in caplog.text
+
+
 def test_coverage_is_logged_once_and_summed_up(server: Server, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="nowcast"):
         coverage = _train(server, "nino")["coverage"]
