@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 _BATCH = 1 << 19
 """Bytes checked per trip to a thread: enough to make the trip cheap, little enough to keep memory flat."""
 
+
 def check_media_type(request: Request) -> None:
     """Hold a body to this protocol's media type.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -47,18 +49,14 @@ def from_validation(exc: RequestValidationError) -> InvalidRequest:
 def install(app: FastAPI) -> None:
     """Route every exception an endpoint may raise through `error_response`; what is left, the gate answers."""
 
-    async def on_nowcast(request: Request, exc: Exception) -> Response:
-        request.scope["nowcast_error"] = exc.code if isinstance(exc, NowcastError) else "error"
-        return error_response(exc) if isinstance(exc, NowcastError) else error_response(InvalidRequest(str(exc)))
+    def typed(kind: type[Exception], convert: Callable[[Request, Any], NowcastError]) -> None:
+        async def answer(request: Request, exc: Exception) -> Response:
+            error = convert(request, exc)
+            request.scope["nowcast_error"] = error.code
+            return error_response(error)
 
-    async def on_http(request: Request, exc: Exception) -> Response:
-        error = from_http(request, exc) if isinstance(exc, HTTPException) else InvalidRequest("the request is invalid")
-        return await on_nowcast(request, error)
+        app.add_exception_handler(kind, answer)
 
-    async def on_validation(request: Request, exc: Exception) -> Response:
-        error = from_validation(exc) if isinstance(exc, RequestValidationError) else InvalidRequest("invalid")
-        return await on_nowcast(request, error)
-
-    app.add_exception_handler(NowcastError, on_nowcast)
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(RequestValidationError, on_validation)
+    typed(NowcastError, lambda _, exc: exc)
+    typed(HTTPException, from_http)
+    typed(RequestValidationError, lambda _, exc: from_validation(exc))

@@ -40,9 +40,15 @@ class TextFormatter(logging.Formatter):
         fields = getattr(record, FIELDS, {})
         if not fields:
             return super().format(record)
-        tail = " ".join(f"{key}={value}" for key, value in fields.items())
+        tail = " ".join(f"{key}={_word(value)}" for key, value in fields.items())
         line, *rest = super().format(record).split("\n")
         return "\n".join([f"{line} [{tail}]", *rest])
+
+
+def _word(value: object) -> str:
+    """A value as one word: what a peer put into a path must not forge a field or a line."""
+    text = str(value)
+    return text if text.isprintable() and not set(text) & set(' "]') else json.dumps(text)
 
 
 def configure(*, style: str, level: str) -> None:

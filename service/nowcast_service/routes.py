@@ -171,19 +171,31 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
 async def _receive_history(
     request: Request, service: Service, held: list[Reservation]
 ) -> tuple[NowcastRequest, Key, list[Mapping[str, Tensor]]]:
-    """The question and the snapshots of a one-shot body, whose memory is reserved into ``held`` before it is taken."""
+    """The question and the snapshots of a one-shot body, whose memory is reserved into ``held`` before it is taken.
+
+    Raises:
+        DeadlineExceeded: It was not whole at its deadline: a place is held meanwhile.
+    """
     found: list[tuple[NowcastRequest, Key]] = []
+    began = asyncio.get_running_loop().time()
 
     def opened(header: StreamHeader) -> Sink:
         message = read_message(NowcastRequest, header)
         found.append((message, service.catalogue.resolve(message)))
         check_tensors(message.spec, header)
         held.append(service.sessions.reserve(packed_bytes(header.tensors) + spec_bytes(message.spec), "the nowcast"))
+        limit.reschedule(began + (message.deadline or service.settings.default_deadline))
         return packed_sink(header)
 
     decoder = Decoder(opened, service.settings.limits, check_finite)
-    with service.upload():
-        await receive_stream(request, decoder, idle=service.settings.upload_idle, count=service.count_in)
+    try:
+        with service.upload():
+            async with asyncio.timeout(service.settings.default_deadline) as limit:
+                await receive_stream(request, decoder, idle=service.settings.upload_idle, count=service.count_in)
+    except TimeoutError as exc:
+        raise DeadlineExceeded(
+            "the request had not arrived whole at its deadline", remedy="give a longer deadline, or use a session"
+        ) from exc
     header = decoder.finish()
     snapshots: list[dict[str, Tensor]] = [{} for _ in range(header.snapshots)]
     for frame in decoder.frames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import logging
 import time
@@ -26,6 +27,7 @@ _LINGER = 5.0
 """Seconds a drained service waits for finished answers to be fetched."""
 
 
+@functools.cache
 def version() -> str:
     """Version of the installed distribution."""
     return importlib.metadata.version("nowcast-sidecar")

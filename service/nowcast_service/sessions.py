@@ -267,6 +267,22 @@ class Session:
             n.job.state in ("queued", "running") for n in self.nowcasts.values()
         )
 
+    def leave(self) -> bool:
+        """Drop all it holds; whether that is done, and its reservation given back.
+
+        What a request is still filling or the device still reads stays where it is, and paid for, until they end.
+        """
+        self.dropped = True
+        self.snapshots.clear()
+        self.states.clear()
+        for step in [step for step, upload in self.uploads.items() if not upload.busy]:
+            del self.uploads[step]
+        for name in [name for name, nowcast in self.nowcasts.items() if nowcast.job.state in ("done", "failed")]:
+            del self.nowcasts[name]
+        if self.idle:
+            self.reservation.release()
+        return self.idle
+
     def open_upload(self, step: int, offset: int, digest: str | None, limits: Limits) -> Upload:
         """The upload a body that begins at ``offset`` belongs to, marked busy.
 
@@ -510,6 +526,7 @@ class SessionStore:
         self._results = results
         self._on_drop = on_drop
         self._sessions: dict[tuple[str, str], Session] = {}
+        self._leaving: list[Session] = []
         self._expired: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def __len__(self) -> int:
@@ -591,7 +608,8 @@ class SessionStore:
         self._drop((tenant, name), None)
 
     def sweep(self) -> None:
-        """Drop sessions that were idle for too long."""
+        """Drop sessions that were idle for too long; give back what dropped ones still used when they were dropped."""
+        self._leaving = [session for session in self._leaving if not session.leave()]
         now = time.monotonic()
         for key, session in list(self._sessions.items()):
             if now - session.touched > self.expiry and session.idle:
@@ -610,6 +628,7 @@ class SessionStore:
                 expected=f"at most {self.budget.total}",
                 remedy="use a smaller model, or raise NOWCAST_BUDGET",
             )
+        self.sweep()
         while (reservation := self.budget.reserve(nbytes)) is None:
             if not self._evict_one(lambda session: True):
                 raise Busy(
@@ -657,12 +676,8 @@ class SessionStore:
         session = self._sessions.pop(key, None)
         if session is None:
             return
-        session.dropped = True
-        session.snapshots.clear()
-        session.uploads.clear()
-        session.nowcasts.clear()
-        session.states.clear()
-        session.reservation.release()
+        if not session.leave():
+            self._leaving.append(session)
         self._on_drop(reason or "deleted")
         if reason is not None:
             self._expired[key] = reason

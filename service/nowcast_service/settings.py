@@ -99,7 +99,9 @@ class Settings(BaseSettings):
         default=60.0, description="Most seconds one `?wait=` is honoured; the client asks again."
     )
     upload_idle: Annotated[float, Field(gt=0)] = Field(
-        default=30.0, description="Seconds without a byte after which an upload is given up (it can be resumed)."
+        default=30.0,
+        description="Seconds without a byte after which an upload is given up (it can be resumed), and most seconds "
+        "the head of a request may take.",
     )
     shutdown_grace: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="Seconds after SIGTERM within which the service has finished and is gone."

@@ -81,6 +81,7 @@ def run(given: dict[str, Any]) -> None:
     import uvicorn
 
     from nowcast_service.app import create_app
+    from nowcast_service.connection import Connection
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -110,8 +111,10 @@ def run(given: dict[str, Any]) -> None:
             if settings.port_file is not None:
                 _announce(settings.port_file, url)
 
+    Connection.patience = settings.upload_idle
     config = uvicorn.Config(
         app,
+        http=Connection,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -90,7 +90,7 @@ def test_killed_and_restarted_half_way(stack: Stack) -> None:
     """The training neither stops nor fails; once the service is back it is nowcast again, its history sent anew.
 
     The predictor is the one that cannot harm, so that no trial ends the nowcasting for reasons of its own. The training
-    goes on for 300 steps without a service; if that is not back by then, it is held, so that there is training left.
+    goes on for 120 steps without a service; if that is not back by then, it is held, so that there is training left.
     """
     killed_at: list[int] = []
     back_at: list[int] = []
@@ -106,16 +106,16 @@ def test_killed_and_restarted_half_way(stack: Stack) -> None:
     def watch(event: dict[str, object]) -> threading.Thread | None:
         if event["event"] == "progress":
             seen[0] = int(str(event["step"]))
-        if seen[0] >= 150 and not killed_at:
+        if seen[0] >= 100 and not killed_at:
             killed_at.append(seen[0])
             docker("kill", "--signal", "KILL", stack.container())
             restarting.start()
-        return restarting if killed_at and seen[0] >= killed_at[0] + 300 else None
+        return restarting if killed_at and seen[0] >= killed_at[0] + 120 else None
 
-    trainer = Trainer(stack.url, watch, steps=800, period=40, every=10, predictor="identity")
+    trainer = Trainer(stack.url, watch, steps=400, period=40, every=10, predictor="identity")
     restarting.join()
     assert trainer.status == 0, trainer.errors
-    assert trainer.report["steps"] == 800
+    assert trainer.report["steps"] == 400
     assert trainer.report["failed"] or trainer.report["resent"], "the kill went unnoticed"
     assert back_at, "the service did not come back"
     before = [step for step in trainer.steps_of("nowcast") if step <= killed_at[0]]

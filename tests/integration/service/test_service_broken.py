@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import random
 import socket
 import struct
@@ -271,6 +273,52 @@ def test_a_silent_client_is_given_up(small: Server):
         assert eventually(refused)
         assert b"504" in connection.recv(65536).split(b"\r\n")[0]
         assert eventually(lambda: send(client, "POST", "/nowcast", TRAINING.request()).status_code == 200)
+
+
+def test_a_slow_one_shot_gives_its_place_back_at_its_deadline(small: Server):
+    """However slowly a body trickles in, it holds the only place no longer than it says it is of use."""
+    request, _ = raw_request("/nowcast", body(TRAINING.request(deadline=1.0)), method="POST")
+    with socket.create_connection(("127.0.0.1", small.port)) as connection, small.client() as client:
+        connection.settimeout(0.1)
+        connection.sendall(request[:-1000])
+        answer = b""
+        for at in range(len(request) - 1000, len(request) - 1):
+            connection.sendall(request[at : at + 1])
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+                break
+        assert b"504" in answer.split(b"\r\n")[0]
+        assert b"deadline_exceeded" in answer
+        assert eventually(lambda: send(client, "POST", "/nowcast", TRAINING.request()).status_code == 200)
+
+
+def test_an_endless_head_is_cut_off(small: Server):
+    """It comes before any key: neither its length nor its slowness may cost much."""
+    before = small.settled()
+    small.reset_peak()
+    sent = 0
+    with socket.create_connection(("127.0.0.1", small.port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"x" * 2**16)
+                sent += 2**16
+    assert sent < 2**24, "64 MB of one header were taken"
+    assert small.peak() - before < 2**24
+    idle = http.client.HTTPConnection("127.0.0.1", small.port, timeout=30)
+    idle.request("GET", "/healthz")
+    assert idle.getresponse().read()
+    for begun in (b"", b"GET /healthz HTTP/1.1\r\n"):
+        with socket.create_connection(("127.0.0.1", small.port)) as connection:
+            connection.settimeout(30)
+            connection.sendall(begun)
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
+    # One that is only idle between two requests is left alone.
+    idle.request("GET", "/healthz")
+    assert idle.getresponse().status == 200
+    idle.close()
 
 
 def test_json_bodies_are_capped_and_checked(small: Server):

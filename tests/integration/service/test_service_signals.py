@@ -36,12 +36,12 @@ def checkpoint(tmp_path_factory):
     return random_checkpoint(tmp_path_factory.mktemp("checkpoint"), layers=12)
 
 
-def random_checkpoint(folder: Path, layers: int) -> Path:
-    """A graph network with random weights; its depth says how long it works."""
+def random_checkpoint(folder: Path, layers: int, hidden: int = 32) -> Path:
+    """A graph network with random weights; its size says how long it works."""
     import torch
 
     torch.manual_seed(0)
-    config = NiNoConfig(hidden=32, layers=layers)
+    config = NiNoConfig(hidden=hidden, layers=layers)
     path = folder / "random.safetensors"
     save_checkpoint(path, Checkpoint.of(config, NiNoTwin(config).state_dict()))
     return path
@@ -108,7 +108,7 @@ def test_sigterm_answers_the_six_in_flight_and_refuses_the_rest(serve: Serve, ch
 
 def test_sigterm_ends_in_time_even_when_a_nowcast_does_not(serve: Serve, tmp_path):
     """A nowcast that would take minutes; two seconds of grace, and as much again many times over for a slow machine."""
-    server = serve(checkpoint=random_checkpoint(tmp_path, layers=400), shutdown_grace=2)
+    server = serve(checkpoint=random_checkpoint(tmp_path, layers=64, hidden=128), shutdown_grace=2)
     with server.client(timeout=120) as client, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(send, client, "POST", "/nowcast", SLOW.request(predictor="nino", steps=STEPS, k=5))
         busy(server, 1)

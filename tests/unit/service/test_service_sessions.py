@@ -155,6 +155,28 @@ def test_snapshots_still_read_by_a_nowcast_are_paid_for():
     assert store.budget.used == NEED
 
 
+def test_what_a_dropped_session_still_uses_stays_paid_for():
+    """An upload under way fills its memory, and the device reads the history, whoever deletes the session meanwhile."""
+    store = make()
+    session, _ = store.create("t", "s", SessionCreate(spec=SPEC))
+    put(session, 0)
+    job = Job(lambda: None, Place("t", lambda place: None), 0.0, lambda job: None, future=Future())
+    session.remember(Nowcast(NowcastJob(nowcast="n", steps=(0,), k=1), "d", job, ("linear", None), []))
+    upload = session.open_upload(1, 0, None, Limits())
+    store.delete("t", "s")
+    with pytest.raises(NotFound):
+        store.get("t", "s")
+    assert not session.snapshots
+    upload.busy = False
+    store.sweep()
+    assert store.budget.used == NEED
+    job.future.set_result(None)
+    store.sweep()
+    assert store.budget.used == 0
+    assert not session.uploads
+    assert not session.nowcasts
+
+
 def test_dropped_snapshots_are_freed_without_the_cycle_collector():
     session, _ = make().create("t", "s", SessionCreate(spec=SPEC, keep=2))
     gc.disable()

@@ -78,6 +78,14 @@ def test_missing_and_empty_key_files_are_errors(tmp_path):
         KeyRing.of(Settings(api_keys_file=tmp_path / "empty"))
 
 
+def test_what_a_peer_sends_forges_no_log_line():
+    record = logging.LogRecord("n", logging.INFO, "", 0, "request", None, None)
+    setattr(record, FIELDS, {"session": "x\n2026 INFO forged", "step": "1 status=200"})
+    line = TextFormatter().format(record)
+    assert "\n" not in line
+    assert line.endswith('request [session="x\\n2026 INFO forged" step="1 status=200"]')
+
+
 @pytest.mark.parametrize("style", [JsonFormatter, TextFormatter])
 def test_log_lines_carry_fields_and_tracebacks(style):
     stream = io.StringIO()
