@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 import torch
 from nowcast_proto.errors import InvalidSnapshot, NowcastError, UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -54,7 +54,8 @@ class Arm(BaseModel):
         schedule: ``constant`` or ``cosine``.
         weight_decay: AdamW's.
         period: Steps between nowcasts; five snapshots are taken per period.
-        farthest: Horizon of the first nowcast, in strides; later ones decay to 1 as published.
+        farthest: Horizon of the first nowcast, in strides; later ones decay to 1.
+        power: How they decay: 2 as published, 1 linearly, below 1 late.
         update_scale: Factor on every nowcast's displacement.
         lr_gate: No nowcast while the rate is below this fraction of its peak.
         stop_at: No nowcast after this fraction of the run.
@@ -74,6 +75,7 @@ class Arm(BaseModel):
     weight_decay: float = 0.01
     period: PositiveInt = 100
     farthest: PositiveInt = 40
+    power: PositiveFloat = 2.0
     update_scale: float = 1.0
     lr_gate: float = 0.1
     stop_at: float = 1.0
@@ -97,6 +99,8 @@ class Arm(BaseModel):
             extras.append(f"scale {self.update_scale:g}")
         if self.farthest != 40:
             extras.append(f"k {self.farthest}")
+        if self.power != 2:
+            extras.append(f"power {self.power:g}")
         if self.stop_at != 1:
             extras.append(f"until {self.stop_at:g}")
         if self.moments == "reset":
@@ -136,7 +140,9 @@ class Local:
 
 def run_key(task: Task, arm: Arm, seed: int, steps: int, identity: str = "", *, until_target: bool = False) -> str:
     """What identifies a run: an unchanged line is not run again."""
-    parts = [task.model_dump(mode="json"), arm.model_dump(mode="json"), seed, steps, identity]
+    # A field that came later counts where it is not at its default, so that older lines stay known.
+    later = {"power"} if arm.power == 2 else set()
+    parts = [task.model_dump(mode="json"), arm.model_dump(mode="json", exclude=later), seed, steps, identity]
     parts += ["until target"] * until_target
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -176,7 +182,7 @@ def run(
     model = task.arch.build(running_stats=True).to(device)
     spec = task.arch.spec()
     optimizer = _optimizer(arm, model)
-    horizons = horizon_schedule(steps, arm.period, farthest=arm.farthest)
+    horizons = horizon_schedule(steps, arm.period, farthest=arm.farthest, power=arm.power)
     stride = arm.period // CONTEXT
     snapshots: deque[dict[str, Tensor]] = deque(maxlen=CONTEXT)
     state: State = {}
