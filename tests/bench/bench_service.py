@@ -187,13 +187,12 @@ def bench_streaming(sizes_mb: list[int], repeats: int, unix: bool) -> dict[str, 
 
 
 def bench_one_shot(widths: list[int], hidden: int, repeats: int) -> dict[str, Any]:
-    """A one-shot call against the same prediction without a service, in turns, in processes of their own."""
+    """A one-shot call through the client against the same prediction without a service, in turns, in processes of
+    their own; and the same call with a predictor that only copies, which is what moving the bytes costs.
+    """
     import torch
-    from nowcast_proto.arrays import frame_of
-    from nowcast_proto.messages import NowcastRequest
+    from nowcast_client import NowcastClient
     from nowcast_proto.spec import ArchitectureSpec
-    from nowcast_proto.stream import Decoder, Encoder
-    from nowcast_proto.version import MEDIA_TYPE
     from nowcast_service.nino.checkpoint import Checkpoint, save_checkpoint
     from nowcast_service.nino.config import NiNoConfig
     from nowcast_service.nino.model import NiNoTwin
@@ -217,39 +216,46 @@ def bench_one_shot(widths: list[int], hidden: int, repeats: int) -> dict[str, An
         ours_end, theirs = context.Pipe()
         bare = context.Process(target=_bare, args=(theirs, folder / "bench.safetensors", spec.canonical(), snapshots))
         bare.start()
-        times: dict[str, list[float]] = {"bare": [], "one_shot": []}
-        request = NowcastRequest(spec=spec, k=5, predictor="nino", reply="delta")
-        with served(folder, checkpoint=folder / "bench.safetensors") as (client, _):
+        times: dict[str, list[float]] = {"bare": [], "one_shot": [], "copy": []}
+        with (
+            served(folder, checkpoint=folder / "bench.safetensors") as (http, _),
+            NowcastClient(str(http.base_url)) as client,
+        ):
             for number in range(repeats + 1):
                 ours_end.send(True)
                 alone = ours_end.recv()
-                began = time.perf_counter()
-                frames = [
-                    frame_of(n, a, snapshot=i) for i, snapshot in enumerate(snapshots) for n, a in snapshot.items()
-                ]
-                encoder = Encoder(request.KIND, request, frames)
-                headers = {"Content-Type": MEDIA_TYPE, "Content-Length": str(encoder.content_length)}
-                decoder = Decoder()
-                with client.stream("POST", "/nowcast", content=encoder.chunks(), headers=headers) as response:
-                    for chunk in response.iter_raw(MIB):
-                        decoder.feed(chunk)
-                header = decoder.finish()
-                seconds = time.perf_counter() - began
+                before = _stages(http)
+                nino = _timed(lambda: client.nowcast(spec, snapshots, 5, predictor="nino", reply="delta"))
+                after = _stages(http)
+                copied = _timed(lambda: client.nowcast(spec, snapshots, 5, predictor="identity", reply="delta"))
                 if number:  # the first of each makes plans and encodings
-                    times["bare"].append(alone)
-                    times["one_shot"].append(seconds)
+                    for kind, seconds in (("bare", alone), ("one_shot", nino), ("copy", copied)):
+                        times[kind].append(seconds)
         ours_end.send(False)
         bare.join(60)
     best = {name: min(values) for name, values in times.items()}
     return {
         "parameters": spec.numel,
         "hidden": hidden,
-        "bytes_in": encoder.content_length,
-        "bare_s": [round(s, 3) for s in times["bare"]],
-        "one_shot_s": [round(s, 3) for s in times["one_shot"]],
+        "bytes_in": 5 * 4 * spec.numel,
+        **{f"{name}_s": [round(s, 3) for s in values] for name, values in times.items()},
         "overhead": round(best["one_shot"] / best["bare"] - 1, 4),
         "overhead_of_medians": round(statistics.median(times["one_shot"]) / statistics.median(times["bare"]) - 1, 4),
-        "timings_of_last": header.message["timings"],
+        "timings_of_last": {stage: round(after[stage] - before[stage], 6) for stage in after},
+    }
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _stages(client: httpx.Client) -> dict[str, float]:
+    """Seconds of every stage since the service began."""
+    lines = client.get("/metrics").text.splitlines()
+    return {
+        line.split('"')[1]: float(line.split()[-1]) for line in lines if line.startswith("nowcast_stage_seconds_sum")
     }
 
 
