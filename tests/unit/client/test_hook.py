@@ -38,7 +38,7 @@ class Training:
         self.events: list[Event] = []
         self.service = service
         kwargs.setdefault("transport", service.transport)
-        kwargs.setdefault("wait", 5.0)
+        kwargs.setdefault("wait", 60.0)
         kwargs.setdefault("period", 50)
         kwargs.setdefault("retry", QUICK)
         self.handle: Handle = attach(self.model, self.optimizer, on_event=self.events.append, **kwargs)
@@ -103,13 +103,13 @@ def test_patch_adds_the_predicted_change_and_leaves_moments_alone() -> None:
 def test_delta_is_added_to_newer_weights_when_training_went_on() -> None:
     service = FakeService(linear)
     service.gate.clear()
-    training = Training(service, trial=False, wait=0.0, nowcast_timeout=20.0)
+    training = Training(service, trial=False, wait=0.0)
     twin = Training(FakeService(nothing), mode="off")
     training.run(53)
     twin.run(53)
     assert all(torch.equal(a, b) for a, b in zip(training.weights().values(), twin.weights().values(), strict=True))
     service.gate.set()
-    assert training.handle.wait(10)
+    assert training.handle.wait(60)
     training.run(1)
     twin.run(1)
     event = training.first("patched")
@@ -127,7 +127,7 @@ def test_a_nowcast_beyond_its_bound_is_rejected(stale: str) -> None:
     training = Training(service, trial=False, wait=0.0, stale=stale)
     training.run(50 + (11 if stale == "delta" else 1))
     service.gate.set()
-    assert training.handle.wait(10)
+    assert training.handle.wait(60)
     before = training.weights()
     training.run(0)
     training.run(1)
@@ -143,7 +143,7 @@ def test_overwrite_goes_back_to_the_snapshot() -> None:
     training = Training(service, trial=False, wait=0.0, stale="overwrite")
     training.run(53)
     service.gate.set()
-    assert training.handle.wait(10)
+    assert training.handle.wait(60)
     training.run(1)
     session = next(iter(service.sessions.values()))[1]
     history = [session[s][1] for s in (10, 20, 30, 40, 50)]
@@ -176,7 +176,7 @@ def test_good_patch_is_kept() -> None:
     training.run(90)
     assert training.kinds()[:3] == ["nowcast", "patched", "kept"]
     assert training.first("kept").step == 50 + 50 // 3
-    training.handle.wait(5)
+    training.handle.wait(60)
     assert [outcome for _, outcome in service.verdicts] == ["applied", "kept"]
     assert training.handle.summary()["harm_steps"] == 0
 
@@ -199,7 +199,7 @@ def test_slow_harm_is_rolled_back_bit_for_bit(optimizer: str) -> None:
         training.optimizer,
         transport=service.transport,
         period=50,
-        wait=5.0,
+        wait=60.0,
         retry=QUICK,
         on_event=training.events.append,
     )
@@ -234,7 +234,7 @@ def test_slow_harm_is_rolled_back_bit_for_bit(optimizer: str) -> None:
             same = torch.equal(value, new[key]) if isinstance(value, torch.Tensor) else value == new[key]
             assert same, key
     assert training.handle.summary()["harm_steps"] == 50 // 3
-    training.handle.wait(5)
+    training.handle.wait(60)
     assert [outcome for _, outcome in service.verdicts] == ["applied", "rolled_back"]
 
 
@@ -278,7 +278,7 @@ def test_two_rollbacks_in_a_row_switch_off() -> None:
 def test_window_begins_again_after_a_rollback() -> None:
     training = Training(FakeService(linear))
     training.run(140, loss_of=lambda step, loss: 1.0 + (0.05 * (step - 50) if 50 <= step < 66 else 0.0))
-    training.handle.wait(5)
+    training.handle.wait(60)
     held = next(iter(training.service.sessions.values()))[1]
     # Rolled back at 66: the snapshot of step 60 is of weights that are gone, the next window is 70 … 110.
     asked = [job.steps for job in training.service.jobs.values()]
@@ -335,7 +335,7 @@ def test_corrupted_bytes_never_become_a_patch() -> None:
         service.spoil = flip
         session._retry = Retry(attempts=1)
         try:
-            message, frames = session._fetch(job, time.monotonic() + 5)
+            message, frames = session._fetch(job, time.monotonic() + 60)
         except NowcastError:  # any other exception would fail the test
             refused += 1
         else:
@@ -350,7 +350,7 @@ def test_service_that_forgets_gets_the_history_again() -> None:
     service = FakeService(linear)
     training = Training(service, trial=False)
     training.run(45)
-    assert training.handle.wait(5)
+    assert training.handle.wait(60)
     service.forget()
     training.run(15)
     assert "patched" in training.kinds()
@@ -380,7 +380,7 @@ def test_a_dead_service_costs_nothing_but_a_warning(caplog: pytest.LogCaptureFix
     training = Training(FakeService(linear), transport=dead, wait=0.01, nowcast_timeout=0.2)
     with caplog.at_level(logging.WARNING, "nowcast"):
         training.run(160)
-        training.handle.wait(10)
+        training.handle.wait(60)
         training.run(0)
     assert all(torch.equal(a, b) for a, b in zip(training.weights().values(), alone.weights().values(), strict=True))
     assert training.handle.summary()["failed"]
@@ -402,9 +402,9 @@ def test_full_ring_drops_the_window_and_never_waits() -> None:
     skipped = training.handle.summary()["skipped"]
     assert any("buffer" in reason for reason in skipped)
     service.gate.set()
-    training.handle.wait(10)
+    training.handle.wait(60)
     training.run(60)
-    training.handle.wait(10)
+    training.handle.wait(60)
     training.run(10)
     assert training.handle.summary()["arrived"] >= 1
 
@@ -467,7 +467,7 @@ def test_resume_goes_on_in_the_same_window() -> None:
     whole.run(70)
     first = Training(service, trial=False)
     first.run(30)
-    assert first.handle.wait(5)
+    assert first.handle.wait(60)
     state = {
         "model": first.model.state_dict(),
         "optimizer": first.optimizer.state_dict(),
@@ -491,12 +491,12 @@ def test_resume_without_the_service_history_starts_the_window_again() -> None:
     service = FakeService(linear)
     first = Training(service, trial=False)
     first.run(30)
-    first.handle.wait(5)
+    first.handle.wait(60)
     state = first.handle.state_dict()
     service.forget()
     second = Training(service, trial=False)
     second.handle.load_state_dict(state)
-    assert second.handle.wait(5)
+    assert second.handle.wait(60)
     second.run(60)
     assert next(iter(service.jobs.values())).steps == (40, 50, 60, 70, 80)
 
@@ -659,7 +659,7 @@ def test_only_trainable_tensors_are_patched() -> None:
         transport=service.transport,
         period=50,
         trial=False,
-        wait=5.0,
+        wait=60.0,
         include_frozen=True,
         patch_bound=1e9,
     )
@@ -685,6 +685,6 @@ def test_close_is_quick_and_final() -> None:
     training.run(50)
     start = time.monotonic()
     training.handle.close()
-    assert time.monotonic() - start < 3.0
+    assert time.monotonic() - start < 10.0  # it may take two; the nowcast it gives up may take three hundred
     training.run(20)
     assert training.handle.step == 50
