@@ -17,10 +17,10 @@ import torch.multiprocessing as mp
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-SETTINGS = {"period": 20, "wait": 20.0, "update_scale": 0.05}
+SETTINGS = {"period": 20, "wait": 60.0, "update_scale": 0.05}
 
 
-def run(job: Callable[..., Any], size: int, folder: Path, *arguments: Any, seconds: float = 120.0) -> list[Any]:
+def run(job: Callable[..., Any], size: int, folder: Path, *arguments: Any, seconds: float = 300.0) -> list[Any]:
     """Run ``job(rank, *arguments)`` on every rank; returns what each returned.
 
     Raises:

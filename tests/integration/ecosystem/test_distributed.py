@@ -214,13 +214,14 @@ def absent(rank: int, url: str) -> dict[str, Any]:
 def test_no_rank_can_hang_another(url: str, tmp_path: Path) -> None:
     here, _ = ranks.run(absent, 2, tmp_path / "ranks", url)
     assert here["mode"] == "off"
-    assert here["hook"] < 10.0
+    assert here["hook"] < 30.0  # three seconds of patience; without it, for ever
 
 
 def disagreeing(rank: int, url: str, how: str) -> str:
     import nowcast_client.distributed as module
 
-    module.PATIENCE = 3.0
+    if how == "missing":  # else a rank that is only late would be taken for one that never comes
+        module.PATIENCE = 3.0
     model = wrapped("ddp", ranks.network())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     if how == "refused" and rank == 1:

@@ -54,7 +54,7 @@ def test_a_training_without_a_service() -> None:
         summary = handle.summary()
     assert summary["patched"] == 2
     assert summary["bytes_sent"] > 0
-    assert gone(child, 10.0)
+    assert gone(child, 60.0)
 
 
 @pytest.mark.kill
@@ -68,7 +68,7 @@ def test_the_child_ends_with_its_parent(number: signal.Signals) -> None:
         assert psutil.pid_exists(int(child))
         parent.send_signal(number)
         parent.wait(30)
-        assert gone(int(child), 15.0)
+        assert gone(int(child), 60.0)
     assert not Path(path).exists()
 
 
