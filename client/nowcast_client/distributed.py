@@ -754,12 +754,15 @@ class DistributedHandle(Handle):
             verdict = judge(
                 steps[old], losses[old], steps[~old], losses[~old], patched_at=trial.patched_at, settings=settings
             )
+        self._conclude(trial, verdict)
+
+    def _conclude(self, trial: _Trial, verdict: Verdict) -> None:
         if not verdict.keep:
             self._apart = self._apart or self._lost()
             if self._vote(self._apart):  # nothing can be put back while a rank's parameters are not there
                 self._unjudged()
                 return
-        self._conclude(trial, verdict)
+        super()._conclude(trial, verdict)
 
     def _unjudged(self) -> None:
         self._counts["unjudged"] += self._trial is not None

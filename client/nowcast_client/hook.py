@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ from nowcast_proto.errors import (
 )
 from nowcast_proto.messages import NowcastJob, WireDType
 from nowcast_proto.spec import ArchitectureSpec
+from nowcast_proto.table import DeclaredTable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -41,6 +43,7 @@ from nowcast_client.errors import AttachError
 from nowcast_client.layout import WIRE_DTYPES, Layout, fingerprint, innermost, layout_of
 from nowcast_client.losses import LossReader
 from nowcast_client.patch import Backup, Patch, apply
+from nowcast_client.savings import SMOOTHED, Alone, ahead
 from nowcast_client.schedule import MAX_HORIZON, Cadence, default_period
 from nowcast_client.session import Session, mint
 from nowcast_client.snapshot import Ring, Slot
@@ -90,6 +93,16 @@ class _Trial:
     patch: Patch
     patched_at: int
     reference_from: int
+    trend_from: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A patch that was kept: the losses from before it and after it say what it saved."""
+
+    trend_from: int
+    patched_at: int
+    settled_at: int
 
 
 class Handle:
@@ -128,6 +141,7 @@ class Handle:
         acts: Acts,
         copies: Copies,
         refresh: Callable[[], object] | None,
+        alone: Alone | None = None,
     ) -> None:
         self.step = 0
         self.mode: Mode = mode
@@ -151,6 +165,7 @@ class Handle:
         self._acts = acts
         self._copies = copies
         self._refresh = refresh
+        self._alone = alone
         self._due = False  # a counted step the hook has not acted on yet
         self._reports = 0  # losses since the last counted step
         self._pid = os.getpid()
@@ -168,13 +183,16 @@ class Handle:
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
         self._harm_steps = 0
+        self._gains: list[float] = []  # steps kept nowcasts are thought to have saved
+        self._kept: _Kept | None = None  # the newest of them, whose losses are still coming in
+        self._clock: tuple[int, float, float] | None = None  # first step seen here, when, and when the newest was
         self._hook_seconds = 0.0
         self._wait_seconds = 0.0
         self._upload_bytes = 0
         self._closed = False
         reference = trial.reference if trial else 0
         window = trial.window if trial else 0
-        self._losses = LossReader(LossTrace(keep=2 * (reference + window) + 8))
+        self._losses = LossReader(LossTrace(keep=2 * (cadence.period + reference + window) + SMOOTHED))
         self._hooks: list[Any] = []
         self._uploader: Uploader | None = None
         self._ring: Ring | None = None
@@ -264,6 +282,10 @@ class Handle:
 
         Returns:
             Counts of snapshots, nowcasts and verdicts; ``harm_steps``, steps lost to patches that were undone;
+            ``steps_saved_estimate``, an estimate of what the kept ones saved less what the undone ones lost (see
+            `nowcast_client.savings`; None without a kept nowcast whose loss had a trend), over ``estimated_over``
+            nowcasts; ``steps_saved``, measured against ``baseline`` (None without one, or where it never got to this
+            run's loss); ``seconds_per_step``, pauses included;
             ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer, of
             which ``wait_seconds`` were spent waiting, for a nowcast (``wait``) or for other ranks;
             ``coverage``, what the service does with each parameter (None until it has been reached for the first
@@ -281,6 +303,7 @@ class Handle:
             "steps": self.step,
             **{name: self._counts[name] for name in names},
             "harm_steps": self._harm_steps,
+            **self._savings(),
             "skipped": part("skipped: "),
             "failed": part("failed: "),
             "bytes_sent": getattr(transport, "bytes_sent", self._upload_bytes),
@@ -290,6 +313,31 @@ class Handle:
             "wait_seconds": self._wait_seconds,
             "host_bytes": (self._ring.nbytes if self._ring else 0) + self._backup.nbytes,
             "coverage": coverage.numbers(found) if found else None,
+        }
+
+    def _gained(self) -> list[float]:
+        """Estimates of what each kept nowcast saved, as far as there is one."""
+        kept, trace = self._kept, self._losses.trace
+        if kept is None:
+            return self._gains
+        self._losses.read()
+        before = trace.between(kept.trend_from, kept.patched_at - 1)
+        after = trace.between(kept.settled_at, kept.settled_at + self._cadence.period // 2)
+        gain = ahead(*before, *after)
+        return self._gains if gain is None else [*self._gains, gain]
+
+    def _savings(self) -> dict[str, Any]:
+        known = self._gained()
+        measured = None
+        if self._alone is not None:
+            self._losses.read()
+            measured = self._alone.saved(*self._losses.trace.between(self.step - SMOOTHED, self.step))
+        first, began, newest = self._clock or (self.step, 0.0, 0.0)
+        return {
+            "steps_saved_estimate": round(sum(known) - self._harm_steps) if known else None,
+            "estimated_over": len(known),
+            "steps_saved": measured,
+            "seconds_per_step": (newest - began) / (self.step - first) if self.step > first else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -309,6 +357,7 @@ class Handle:
             "lr_max": self._lr_max,
             "rolled_back_in_a_row": self._rolled_back_in_a_row,
             "harm_steps": self._harm_steps,
+            "gains": self._gained(),
             "counts": dict(self._counts),
         }
 
@@ -332,6 +381,8 @@ class Handle:
         self._lr_max = float(state["lr_max"])
         self._rolled_back_in_a_row = int(state["rolled_back_in_a_row"])
         self._harm_steps = int(state["harm_steps"])
+        self._gains, self._kept = list(state.get("gains", ())), None
+        self._clock = None
         self._counts = Counter(state["counts"])
         if state["mode"] == "off" and self.mode != "off":
             self._turn_off("it was off when the state was saved")
@@ -409,6 +460,8 @@ class Handle:
         if not self._count(optimizer):
             return
         self._reports = 0
+        now = time.perf_counter()
+        self._clock = (self.step, now, now) if self._clock is None else (*self._clock[:2], now)
         if self._acts == "when_told":
             self._due = True
         else:
@@ -631,6 +684,10 @@ class Handle:
         settings = self._trial_settings
         return max(self._settled_at, self.step - settings.reference) if settings else 0
 
+    def _trend_from(self) -> int:
+        """First step of the newest stretch, half a period, in which nothing but training moved the loss."""
+        return max(self._settled_at, self.step - self._cadence.period // 2)
+
     def _losses_since(self, first: int) -> int:
         self._losses.read(block=True)
         return int(self._losses.trace.between(first, self.step - 1)[0].size)
@@ -641,6 +698,7 @@ class Handle:
 
     def _patched(self, patch: Patch, first: int, stretch: float) -> None:
         """A patch has been written."""
+        self._gains, self._kept = self._gained(), None
         self._drop_window()  # snapshots from before the patch and after it make no trajectory
         self._counts["patched"] += 1
         if self._refresh is not None:
@@ -649,7 +707,7 @@ class Handle:
         self._tell(patch, "applied", None)
         self._emit("patched", of=patch.step, k=patch.horizon, behind=self.step - patch.step, stretch=stretch)
         if self._trial_settings is not None:
-            self._trial = _Trial(patch, self.step, first)
+            self._trial = _Trial(patch, self.step, first, self._trend_from())
 
     def _watch(self, trial: _Trial) -> None:
         """Look at the patch on trial; decide when its window is over."""
@@ -671,6 +729,7 @@ class Handle:
         self._settled_at = self.step
         if verdict.keep:
             self._rolled_back_in_a_row = 0
+            self._kept = _Kept(trial.trend_from, trial.patched_at, self.step)
             self._counts["kept"] += 1
             self._tell(trial.patch, "kept", verdict.reason)
             self._emit("kept", of=trial.patch.step, **_told(verdict))
@@ -825,6 +884,7 @@ def attach(
     reply_dtype: WireDType = "float32",
     include_frozen: bool = False,
     spec: ArchitectureSpec | None = None,
+    table: DeclaredTable | str | Path | None = None,
     api_key: str | None = None,
     timeout: float = 10.0,
     nowcast_timeout: float = 300.0,
@@ -836,6 +896,7 @@ def attach(
     acts: Acts = "after_step",
     copies: Sequence[nn.Module] = (),
     refresh: Callable[[], object] | None = None,
+    baseline: Sequence[float] | str | Path | None = None,
     group: Any = None,
 ) -> Handle:
     """Nowcast a training: one line before the loop, and ``handle.observe(loss)`` in it.
@@ -869,6 +930,7 @@ def attach(
         include_frozen: Send parameters without gradients as well (never patched); some families cannot be wired
             without them.
         spec: The architecture, where it cannot be derived from the model.
+        table: How the network is wired, where no family does: a `DeclaredTable` or the path of its JSON document.
         api_key: Bearer token. Default: ``NOWCAST_API_KEY``.
         timeout: Seconds without progress after which a request is tried again.
         nowcast_timeout: Seconds a nowcast may take in all, lost snapshots sent again included.
@@ -884,6 +946,8 @@ def attach(
         refresh: Called after every patch, on every rank, to gather anew what depends on the weights, such as batch-norm
             statistics: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A rollback puts the old statistics
             back by itself.
+        baseline: Losses of an earlier run without nowcasts, one per optimizer step from the first on, or the path of a
+            JSON or CSV file of them: ``summary()["steps_saved"]`` is then measured against it.
         group: Process group of the ranks that train this model together; the default group where there is one.
 
     Returns:
@@ -892,6 +956,8 @@ def attach(
     Raises:
         AttachError: Something here can never work; nothing has been attached.
         UnsupportedArchitecture: No spec can be derived from the model.
+        InvalidSpec: The table is malformed.
+        UnreadableFile: The table cannot be read.
     """
     chosen = mode or os.environ.get("NOWCAST_MODE", "on")
     if chosen not in ("on", "shadow", "off"):
@@ -900,6 +966,8 @@ def attach(
         raise AttachError(f"stale={stale!r}", expected="delta, overwrite or reject")
     if acts not in ("after_step", "when_told"):
         raise AttachError(f"acts={acts!r}", expected="after_step or when_told")
+    if spec is not None and table is not None:
+        raise AttachError("both spec and table are given", expected="one of them: a spec holds its table")
     ranks = None if chosen == "off" else _ranks(model, group, wait)
     if ranks is not None and stale == "overwrite":
         raise AttachError(
@@ -922,8 +990,8 @@ def attach(
         every = default_period(total_steps, context) if period is None else period
         cadence = Cadence(every, context, total_steps, max_horizon)
         settings = _trial_settings(trial, every)
-        adapters = None if spec or include_frozen else adapter_spec(model)
-        architecture = spec or adapters or derive_spec(model, include_frozen=include_frozen)
+        adapters = None if spec or table or include_frozen else adapter_spec(model)
+        architecture = spec or adapters or derive_spec(model, include_frozen=include_frozen, table=table)
         layout = layout_of(model, optimizers, architecture, sharded=ranks is not None or chosen == "off")
         dtype = WIRE_DTYPES[wire_dtype] if wire_dtype else None
         if stale == "overwrite" and dtype is not None and any(p.dtype != dtype for p in layout.parameters.values()):
@@ -966,6 +1034,7 @@ def attach(
             "acts": acts,
             "copies": followed,
             "refresh": refresh,
+            "alone": Alone(baseline) if baseline is not None else None,
         }
         if ranks is not None:
             from nowcast_client.distributed import DistributedHandle

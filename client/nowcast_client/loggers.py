@@ -98,6 +98,18 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"{summary['patched']} patches, {summary['kept']} kept, {summary['rolled_back']} undone "
         f"({summary['harm_steps']} steps lost to them)",
     ]
+    pace = summary["seconds_per_step"]
+
+    def in_time(steps: int) -> str:
+        return f"{steps} steps" + (f", {steps * pace - summary['hook_seconds']:.1f} s" if pace else "")
+
+    if summary["steps_saved"] is not None:
+        told.append(f"saved {in_time(summary['steps_saved'])} by the losses of an earlier run alone")
+    if summary["steps_saved_estimate"] is not None:
+        told.append(
+            f"saved an estimated {in_time(summary['steps_saved_estimate'])}, "
+            f"by how fast the loss fell before and after {summary['estimated_over']} kept nowcasts"
+        )
     if summary["shadow"]:
         told.append(f"{summary['shadow']} only watched")
     if summary["rejected"]:
