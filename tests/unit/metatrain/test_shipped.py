@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nowcast_service.metatrain.heldout import why_held_out
+from nowcast_service.metatrain.recipes import read_recipe
 from nowcast_service.metatrain.store import Manifest, TrajectoryStore
 from nowcast_service.weights import resolve_checkpoint, shipped_path
 
@@ -27,8 +28,14 @@ def test_its_manifest_is_of_the_trajectories_it_was_trained_on(tmp_path: Path) -
 
 def test_nothing_held_out_is_among_its_trajectories() -> None:
     shards = Manifest.model_validate_json(MANIFEST.read_bytes()).shards
-    assert len(shards) == 8
+    assert len(shards) == 29
+    assert sum(len(shard.trainings) for shard in shards) == 198
     for shard in shards:
         assert shard.arch is not None
         assert why_held_out(shard.arch, shard.source) is None
         assert shard.spec == shard.arch.spec()
+    # The recipe of the package still is the one it was made with.
+    groups = read_recipe("cpu").groups
+    assert [(group.arch, group.source, group.models) for group in groups] == [
+        (shard.arch, shard.source, len(shard.trainings)) for shard in shards
+    ]
