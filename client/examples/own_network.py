@@ -1,13 +1,22 @@
-"""A network of nobody's family, for the table in ``own_network.json``: attention with rotary positions, gated neurons.
+"""A network of no known family, with a table of its own. Run: python client/examples/own_network.py
 
-Check the table, from this folder:  nowcast spec check own_network.json --model own_network:tiny
-Train with it:  attach(model, optimizer, spec=derive_spec(model, table="own_network.json"))
+It has attention with rotary positions and gated neurons; ``own_network.json`` says which tensor connects which.
+Check that it is right, from this folder: nowcast spec check own_network.json --model own_network:tiny
 """
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
+from common import TextWindows, arguments
+from nowcast_client import attach
+from nowcast_client.loggers import describe
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+TABLE = Path(__file__).with_suffix(".json")
 
 
 class Block(nn.Module):
@@ -60,3 +69,25 @@ class Own(nn.Module):
 def tiny() -> tuple[nn.Module, Tensor]:
     """The network, small, and an input for it."""
     return Own(), torch.tensor([[1, 5, 3, 7, 2, 8]])
+
+
+def main() -> None:
+    """Train it on bytes."""
+    options = arguments(__doc__, steps=300, period=60)
+    torch.manual_seed(0)
+    model = Own(tokens=256, width=48, heads=4, hidden=96)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    settings = {"period": options.period, "total_steps": options.steps, "wait": options.wait}
+    with attach(model, optimizer, options.url, table=TABLE, **settings) as nowcast:
+        for batch in DataLoader(TextWindows(64, 8 * options.steps), 8, shuffle=True):
+            tokens = batch["input_ids"]
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            nowcast.observe(loss)
+            optimizer.step()
+    logging.info(describe(nowcast.summary()))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from nowcast_client.hook import attach
@@ -60,3 +61,15 @@ def test_a_predictor_without_a_graph_has_no_coverage(server: Server, caplog) -> 
     with caplog.at_level(logging.INFO, logger="nowcast"):
         assert _train(server, "linear")["coverage"] is None
     assert not [record for record in caplog.records if "coverage" in record.getMessage()]
+
+
+def test_a_table_of_one_s_own_wires_every_parameter(server: Server, monkeypatch) -> None:
+    examples = Path(__file__).resolve().parents[3] / "client" / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    from own_network import TABLE, Own
+
+    model = Own()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with attach(model, optimizer, server.url, predictor="nino", table=TABLE) as handle:
+        assert handle.wait(60)
+        assert handle.summary()["coverage"]["parameters"] == {"graph": len(list(model.parameters()))}

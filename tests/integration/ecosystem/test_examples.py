@@ -12,10 +12,13 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "client" / "examples"
 SHORT = {
-    "plain_digits": (120, 40),
-    "accelerate_digits": (120, 40),
-    "lightning_digits": (120, 40),
+    "plain_digits": (60, 30),
+    "accelerate_digits": (60, 30),
+    "lightning_digits": (60, 30),
     "huggingface_text": (60, 30),
+    "own_network": (60, 30),
+    "ddp_digits": (60, 30),
+    "fsdp2_digits": (60, 30),
 }
 """Example -> steps and period, enough for a nowcast and its verdict."""
 

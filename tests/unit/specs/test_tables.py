@@ -8,6 +8,9 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from nowcast_client import attach
+from nowcast_client.errors import AttachError
 from nowcast_client.spec import derive_spec
 from nowcast_proto.errors import InvalidSpec, NowcastError, UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
@@ -65,6 +68,16 @@ def test_the_example_wires_every_tensor_and_travels_in_the_spec(model):
     assert graph.wiring == "faithful"
     assert all(entry.rule == "graph" for entry in graph.coverage)
     assert sum(block.n_edges * block.features for block, _ in graph.weighted()) == spec.numel
+
+
+def test_attach_takes_a_table(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, mode="off", table=EXAMPLE) as handle:
+        assert handle.spec == derive_spec(model, table=EXAMPLE)
+    with pytest.raises(AttachError, match="both spec and table"):
+        attach(model, optimizer, mode="off", table=EXAMPLE, spec=handle.spec)
+    with pytest.raises(UnreadableFile, match="cannot be read"):
+        attach(model, optimizer, mode="off", table=EXAMPLE.with_name("none.json"))
 
 
 def test_the_digest_includes_the_table(model, document):
