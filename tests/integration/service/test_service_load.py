@@ -60,7 +60,7 @@ async def call(client: httpx.AsyncClient, seen: Counter[int], status: int, metho
     return response
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 def test_two_hundred_clients_against_a_small_budget(serve: Serve):
     """200 one-shot calls and 200 sessions of 256 KiB snapshots at once, with room for a handful of histories."""
     training = Training(sequential(128, 256, 128))
@@ -127,7 +127,7 @@ def test_two_hundred_clients_against_a_small_budget(serve: Serve):
         assert client.get("/readyz").status_code == 200
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_soak_of_five_thousand_nowcasts(serve: Serve):
     """5,000 nowcasts of many clients and sessions, some deleted, some left to expire: memory stays, nothing is left."""
     server = serve(session_expiry=15, max_queue=64, max_queue_per_key=64, max_uploads=64, log_level="warning")
