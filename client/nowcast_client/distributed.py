@@ -46,6 +46,9 @@ PATIENCE = 30.0
 LOOKS = 2
 """Times the ranks look at a patch on trial before its window is over."""
 TAKE, ASK, PATCH = 1, 2, 4
+_GROUPS: dict[tuple[tuple[int, ...], float], tuple[Any, Any]] = {}
+"""The channels there are, by members and patience, with the world they belong to. They are kept and used again: torch
+names a group by how many there are, and one made after another was destroyed would find the addresses of that one."""
 PIECE = 1 << 28
 """Bytes that one exchange moves at most: each piece of a large patch has `PATIENCE` of its own."""
 
@@ -77,6 +80,7 @@ class Pending:
             for work in self._works:
                 work.wait()
         except RuntimeError as exc:  # gloo's timeouts and lost peers
+            self._ranks.lost()
             raise RanksApart(f"the ranks did not meet: {exc}", expected="all of them at the same step") from exc
         finally:
             self._ranks.waited += 0.0 if beside else time.perf_counter() - begun
@@ -104,17 +108,17 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank())
         self.waited = 0.0
-        seconds = max(PATIENCE, 2.0 * wait)
+        self._key = (tuple(self.members), max(PATIENCE, 2.0 * wait))
+        world, self.group = _GROUPS.get(self._key, (None, None))
+        if world is dist.group.WORLD:
+            return
         try:
             self.group = dist.new_group(
-                self.members, timeout=timedelta(seconds=seconds), backend="gloo", use_local_synchronization=True
+                self.members, timeout=timedelta(seconds=self._key[1]), backend="gloo", use_local_synchronization=True
             )
+            _GROUPS[self._key] = (dist.group.WORLD, self.group)
         except RuntimeError as exc:
-            raise AttachError(
-                f"not all {self.size} ranks came to attach: {exc}",
-                expected="attach on every rank",
-                remedy="call attach on all ranks, at the same place; group= names those that train one model",
-            ) from exc
+            raise self._not_all(exc) from exc
 
     @property
     def speaks(self) -> bool:
@@ -147,13 +151,20 @@ class Ranks:
                 )
             if isinstance(handle, DistributedHandle):
                 handle.join()
-        except Exception:
+        except Exception as exc:
             if handle is not None:
                 handle.close()
-            raise
+            raise (self._not_all(exc) if isinstance(exc, RanksApart) else exc) from exc.__cause__
         if handle is None:
             raise AttachError("nothing was attached")
         return handle
+
+    def _not_all(self, exc: Exception) -> AttachError:
+        return AttachError(
+            f"not all {self.size} ranks came to attach: {exc}",
+            expected="attach on every rank",
+            remedy="call attach on all ranks, at the same place; group= names those that train one model",
+        )
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over all ranks.
@@ -185,15 +196,16 @@ class Ranks:
         source, group = self.members[rank], self.group
         return self._begin(*(partial(dist.irecv, piece, source, group=group, tag=tag) for piece in _pieces(tensor)))
 
-    def close(self) -> None:
-        """Leave."""
-        if dist.is_initialized():
-            dist.destroy_process_group(self.group)
+    def lost(self) -> None:
+        """The ranks have lost each other on this channel: no later attach is to find it."""
+        if _GROUPS.get(self._key, (None, None))[1] is self.group:
+            del _GROUPS[self._key]
 
     def _begin(self, *exchanges: Callable[[], Any]) -> Pending:
         try:
             return Pending([begin() for begin in exchanges], self)
         except RuntimeError as exc:
+            self.lost()
             raise RanksApart(f"the ranks cannot be reached: {exc}", expected="all of them at the same step") from exc
 
 
@@ -381,14 +393,6 @@ class DistributedHandle(Handle):
         """See `Handle.load_state_dict`; on all ranks, at the same place."""
         self._cancel()
         super().load_state_dict(state)
-
-    def close(self, timeout: float = 2.0) -> None:
-        """Detach this rank; close all ranks at the same place."""
-        closed = self._closed
-        super().close(timeout)
-        if self._closed and not closed:
-            with self._guarded("close"):
-                self._ranks.close()
 
     # ------------------------------------------------------------- agreement
 

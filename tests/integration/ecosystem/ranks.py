@@ -20,18 +20,24 @@ from torch import Tensor, nn
 SETTINGS = {"period": 20, "wait": 60.0, "update_scale": 0.05}
 
 
-def run(job: Callable[..., Any], size: int, folder: Path, *arguments: Any, seconds: float = 300.0) -> list[Any]:
-    """Run ``job(rank, *arguments)`` on every rank; returns what each returned.
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and what it gets after the rank."""
 
-    Raises:
-        RuntimeError: A rank failed, or did not end in time.
+
+def run(jobs: dict[str, Job], size: int, folder: Path, *, seconds: float = 400.0) -> dict[str, list[Any]]:
+    """Run jobs one after another on the same ranks; starting processes takes longer than most of them.
+
+    Returns:
+        By job, what it returned on every rank. A job that failed, and those after it, are left out on some rank and
+        raise when looked up with `of`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # One process imports everything once; the ranks are its forks.
     context = mp.get_context("forkserver")
     os.environ["OMP_NUM_THREADS"] = "1"
-    context.set_forkserver_preload([__name__, "nowcast_client.distributed", "torch.distributed.fsdp", job.__module__])
-    processes = [context.Process(target=_main, args=(job, rank, size, str(folder), arguments)) for rank in range(size)]
+    modules = {function.__module__ for function, _ in jobs.values()}
+    context.set_forkserver_preload([__name__, "nowcast_client.distributed", "torch.distributed.fsdp", *modules])
+    processes = [context.Process(target=_main, args=(jobs, rank, size, str(folder))) for rank in range(size)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds
@@ -40,20 +46,38 @@ def run(job: Callable[..., Any], size: int, folder: Path, *arguments: Any, secon
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for rank in stuck:
         processes[rank].kill()
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    if stuck or errors:
-        raise RuntimeError(f"ranks {stuck} hung\n" + "\n".join(errors))
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(size)]
+    results: dict[str, list[Any]] = {}
+    for name in jobs:
+        paths = [folder / f"{name}-{rank}.pt" for rank in range(size)]
+        if all(path.exists() for path in paths):
+            results[name] = [torch.load(path, weights_only=True) for path in paths]
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*")))
+    results["errors"] = [f"ranks {stuck} hung\n" if stuck else "", errors]
+    return results
 
 
-def _main(job: Callable[..., Any], rank: int, size: int, folder: str, arguments: tuple[Any, ...]) -> None:
+def of(results: dict[str, list[Any]], name: str) -> list[Any]:
+    """What a job returned on every rank.
+
+    Raises:
+        RuntimeError: It, or one before it, failed.
+    """
+    if name not in results:
+        raise RuntimeError(f"{name} did not end on all ranks\n" + "".join(results["errors"]))
+    return results[name]
+
+
+def _main(jobs: dict[str, Job], rank: int, size: int, folder: str) -> None:
+    name = "the beginning"
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        torch.save(job(rank, *arguments), f"{folder}/result-{rank}.pt")
+        for name, (function, arguments) in jobs.items():
+            torch.save(function(rank, *arguments), f"{folder}/{name}-{rank}.pt")
+            dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        Path(folder, f"error-{rank}").write_text(f"rank {rank} in {name}:\n{traceback.format_exc()}")
         sys.exit(1)
 
 
