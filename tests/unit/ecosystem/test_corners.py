@@ -72,10 +72,13 @@ def test_a_compiled_model_is_patched_without_recompiling() -> None:
     watched = Watched(compiled, optimizer)
     x, _ = next(digits())
     data = digits()
+    addresses = [p.data_ptr() for p in model.parameters()]
     for _ in range(45):
         step(compiled, optimizer, data)
     assert watched.steps("patched") == [20, 40]
     assert len(compilations) == 1
+    # A CUDA graph replays on the addresses it was recorded with: a patch must not move the weights elsewhere.
+    assert [p.data_ptr() for p in model.parameters()] == addresses
     assert not any("_orig_mod" in name for name in watched.sent())
     # What is compiled computes with the patched weights.
     torch.testing.assert_close(compiled(x), nn.Sequential.forward(model, x))
@@ -389,11 +392,11 @@ def test_a_rollback_leaves_the_schedule_where_it_is() -> None:
         loss.backward()
         watched.handle.observe(loss + 100.0 * (number > 30))
         optimizer.step()
-        schedule.step()
         twin.step()
-        expected.step()
-        for key in ("lr", "momentum"):
+        for key in ("lr", "momentum"):  # before the schedule sets them anew
             assert optimizer.param_groups[0][key] == twin.param_groups[0][key]
+        schedule.step()
+        expected.step()
     assert watched.steps("rolled_back") == [40]
 
 
