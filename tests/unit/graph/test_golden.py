@@ -10,7 +10,9 @@ from nowcast_service.graph.pyg import edge_values, scatter, to_pyg
 
 from .golden import GOLDEN, load
 
-pytestmark = pytest.mark.skipif(not GOLDEN, reason="recorded graphs of the published implementation are not at hand")
+pytestmark = pytest.mark.skipif(
+    not GOLDEN, reason="recorded graphs of the published implementation are in ../shared/golden, which is absent"
+)
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)

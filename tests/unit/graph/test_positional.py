@@ -37,7 +37,9 @@ def explicit(graph: NeuralGraph) -> np.ndarray:
     return np.eye(graph.n_nodes) - scale[:, None] * adjacency * scale
 
 
-@pytest.mark.skipif(not GOLDEN, reason="recorded graphs of the published implementation are not at hand")
+@pytest.mark.skipif(
+    not GOLDEN, reason="recorded graphs of the published implementation are in ../shared/golden, which is absent"
+)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_eigenvalues_equal_the_published_ones(path):
     case = load(path)
