@@ -173,6 +173,37 @@ def _cpu() -> Recipe:
     )
 
 
+def _refine() -> Recipe:
+    """For refining on one CPU core: small networks at rates around the best. Six kinds of network in turn, as
+    `refine` trains six groups beside each other by default."""
+
+    def images(arch: Arch, **fields: Any) -> Group:
+        defaults = {"lr": (2e-3, 1.2e-2), "batch": 32, "models": 6}
+        return Group(**defaults | fields, arch=arch, source=f"cifar10@{arch.size}")
+
+    def text(arch: Arch, source: str, **fields: Any) -> Group:
+        tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
+        defaults = {"lr": (1.5e-3, 8e-3), "batch": 8, "models": 6}
+        return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}")
+
+    return Recipe(
+        groups=(
+            images(_conv(8, 16, 16)),
+            text(_gpt2(2, 24, 3, context=32), "shakespeare"),
+            images(_conv(12, 24, 24, size=8), batch=64),
+            text(_llama(2, 16, 4, 2, 128, 32), "headers"),
+            images(_conv(8, 16, 16, norm=True)),
+            images(_mlp(32, 32, source="cifar10")),
+            images(_conv(10, 20, 24), models=4),
+            text(_gpt2(2, 16, 2, 128, 32), "headers"),
+            images(_conv(12, 24, 24), models=4, batch=64),
+            text(_llama(2, 24, 4, 2, context=32), "shakespeare"),
+            images(_conv(10, 20, 20, norm=True), models=4),
+            images(_mlp(48, 24, source="cifar10")),
+        )
+    )
+
+
 def _gpu() -> Recipe:
     """For one accelerator: full-size images, wider networks, longer runs, hundreds of trajectories."""
     text_lr = (2e-4, 6e-3)
@@ -223,7 +254,7 @@ def _smoke() -> Recipe:
     )
 
 
-RECIPES = {"cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
+RECIPES = {"cpu": _cpu, "gpu": _gpu, "refine": _refine, "smoke": _smoke}
 
 
 def read_recipe(name_or_path: str) -> Recipe:

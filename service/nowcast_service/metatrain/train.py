@@ -12,7 +12,7 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nowcast_service.files import replacing
+from nowcast_service.metatrain.collect import learning_rate
 from nowcast_service.metatrain.errors import InvalidTrajectories
 from nowcast_service.metatrain.forward import check_trainable, forward
 from nowcast_service.metatrain.sampler import Item, Sampler, SamplerConfig
@@ -100,7 +101,7 @@ def initial_network(config: TrainConfig) -> NiNoTwin:
     return twin
 
 
-def basis(config: TrainConfig, device: torch.device) -> Tensor:
+def basis(context: int, magnify: float, device: torch.device) -> Tensor:
     """(context, context) change of inputs the network is trained in: the newest snapshot, and the steps between
     neighbours magnified.
 
@@ -108,17 +109,27 @@ def basis(config: TrainConfig, device: torch.device) -> Tensor:
     coordinates the optimizer sees them at the size of everything else. It is a linear map, so `exported` folds it into
     the first weights and the network itself is none the wiser.
     """
-    n = config.sampler.context
-    steps = config.magnify * (torch.eye(n)[1:] - torch.eye(n)[:-1])
-    return torch.cat((torch.eye(n)[-1:], steps)).to(device)
+    same = torch.eye(context)
+    return torch.cat((same[-1:], magnify * (same[1:] - same[:-1]))).to(device)
+
+
+FIRST = "edge_proj.fc.0.weight"
+"""The map of the inputs, which a change of their coordinates is folded into."""
 
 
 def exported(twin: NiNoTwin, change: Tensor) -> dict[str, Tensor]:
     """The network's tensors for plain snapshots as inputs, float32 on the CPU."""
     state = {name: tensor.detach().cpu().float().clone() for name, tensor in twin.state_dict().items()}
-    first = state["edge_proj.fc.0.weight"]
-    state["edge_proj.fc.0.weight"] = (first.unflatten(1, (-1, len(change))) @ change.cpu()).flatten(1)
+    state[FIRST] = (state[FIRST].unflatten(1, (-1, len(change))) @ change.cpu()).flatten(1)
     return state
+
+
+def imported(checkpoint: Checkpoint, change: Tensor) -> NiNoTwin:
+    """The way back from `exported`: a checkpoint's network in the coordinates it is trained in, on their device."""
+    twin = checkpoint.twin().to(change.device)
+    weight = twin.state_dict()[FIRST]
+    weight.copy_((weight.unflatten(1, (-1, len(change))) @ torch.linalg.inv(change)).flatten(1))
+    return twin
 
 
 def item_loss(twin: NiNoTwin, item: Item, loss: str, change: Tensor | None = None) -> Tensor:
@@ -197,7 +208,7 @@ def train(
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=config.seed))
     where = torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
-    state = _read_state(out / STATE, where)
+    state = read_state(out / STATE, where, "shards")
     shards = len(store) if state is None else int(state["shards"])
     sampler = Sampler(store, config.sampler, where, shards=shards)
     twin = initial_network(config).to(where).train()
@@ -207,16 +218,16 @@ def train(
         "trajectories": store.digest(shards),
         "shards": str(shards),
     }
-    step = 0 if state is None else _resume(out / STATE, state, twin, optimizer, identity)
+    step = 0 if state is None else resume(out / STATE, state, twin, optimizer, identity)
     held = sampler.validation()
-    change = basis(config, where)
+    change = basis(config.sampler.context, config.magnify, where)
     results: dict[str, float] = {}
     end = config.steps if stop_after is None else min(stop_after, config.steps)
     with SummaryWriter(str(out / "logs"), purge_step=step) as writer:
         began = time.monotonic()
         while step < end:
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * _rate(step, config)
+                group["lr"] = config.lr * learning_rate("cosine", step, config.steps, config.warmup)
             items = sampler.batch(step)
             optimizer.zero_grad(set_to_none=True)
             value = 0.0
@@ -245,40 +256,36 @@ def train(
                 for kind, error in results.items():
                     writer.add_scalar(f"validation/{kind}", error, step)
                 log.info("step %d validation %s", step, {k: round(v, 4) for k, v in results.items()})
-                _save(out, step, twin, change, optimizer, identity, results)
+                save(out, step, twin, change, optimizer, identity, results)
     return results or validate(twin, held, change)
 
 
-def _rate(step: int, config: TrainConfig) -> float:
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
-
-
-def _save(
+def save(
     out: Path,
     step: int,
     twin: NiNoTwin,
     change: Tensor,
     optimizer: torch.optim.Optimizer,
-    identity: dict[str, str],
-    results: dict[str, float],
+    identity: Mapping[str, str],
+    results: Mapping[str, float],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    state: dict[str, Any] = {
-        "step": step,
-        "optimizer": optimizer.state_dict(),
-        "network": twin.state_dict(),
-        **identity,
-    }
+    """Write the state to resume from, with whatever else it takes, and the checkpoint."""
+    state = {"step": step, "optimizer": optimizer.state_dict(), "network": twin.state_dict(), **(more or {})}
     with replacing(out / STATE) as scratch:
-        torch.save(state | identity, scratch)
+        torch.save(state | dict(identity), scratch)
     metadata = {"step": str(step), "validation": json.dumps(results), **identity}
     checkpoint = Checkpoint.of(twin.config, exported(twin, change), metadata=metadata)
     save_checkpoint(out / CHECKPOINT, checkpoint)
 
 
-def _read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+def read_state(path: Path, device: torch.device, *more: str) -> dict[str, Any] | None:
     """What an earlier training left behind, None where there was none.
+
+    Args:
+        path: The file.
+        device: Where its tensors go.
+        more: What it must hold besides network, optimizer and step.
 
     Raises:
         UnreadableFile: The file is damaged.
@@ -289,13 +296,17 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
         state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
         raise UnreadableFile(f"{path} is damaged: {exc}", remedy="remove it, or give --out another folder") from exc
-    if not isinstance(state, dict) or not {"step", "network", "optimizer", "shards"} <= state.keys():
+    if not isinstance(state, dict) or not {"step", "network", "optimizer", *more} <= state.keys():
         raise UnreadableFile(f"{path} is no state of a training", remedy="give --out another folder")
     return state
 
 
-def _resume(
-    path: Path, state: dict[str, Any], twin: NiNoTwin, optimizer: torch.optim.Optimizer, identity: dict[str, str]
+def resume(
+    path: Path,
+    state: Mapping[str, Any],
+    twin: NiNoTwin,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, str],
 ) -> int:
     """Restore network and optimizer; the step to go on from.
 
