@@ -128,6 +128,50 @@ def train(
 
 
 @app.command()
+def refine(
+    start: Annotated[str, typer.Option(help="Registered name or path of the network to start from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the state to resume from, and the logs.")],
+    recipe: Annotated[str, typer.Option(help="refine, another recipe's name, or a JSON file.")] = "refine",
+    updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 200,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 6,
+    seed: Annotated[int, typer.Option(help="All randomness.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
+    device: Device = "cpu",
+    save_every: Annotated[int, typer.Option(help="Updates between saves.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Teach a trained network on live trainings what its nowcasts are worth; resumes where it was stopped."""
+    import json
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nowcast_service.metatrain.recipes import read_recipe
+    from nowcast_service.metatrain.refine import RefineConfig
+    from nowcast_service.metatrain.refine import refine as run
+    from nowcast_service.weights import resolve_checkpoint
+
+    if threads:
+        torch.set_num_threads(threads)
+    config = RefineConfig(updates=updates, lr=lr, episodes=episodes, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("refining", total=updates)
+        values = run(
+            resolve_checkpoint(start),
+            read_recipe(recipe),
+            config,
+            out,
+            data=data,
+            device=device,
+            save_every=save_every,
+            on_update=lambda update, _: progress.update(bar, completed=update),
+        )
+    typer.echo(json.dumps({"checkpoint": str(out / "checkpoint.safetensors"), "last": values}))
+
+
+@app.command()
 def verify(trajectories: Folder) -> None:
     """Compare every shard with its digest, and the manifest with what is held out for evaluation."""
     from nowcast_service.metatrain.heldout import refuse_held_out

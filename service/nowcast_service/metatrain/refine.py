@@ -81,14 +81,14 @@ class RefineConfig:
         seed: All randomness.
     """
 
-    updates: int = 500
+    updates: int = 200
     episodes: int = 6
     periods: tuple[int, ...] = (60, 100, 160)
     nowcasts: tuple[int, int] = (5, 12)
     farthest: int = 40
     settle: float = 0.5
     apart: float = 0.4
-    lr: float = 5e-4
+    lr: float = 1e-3
     weight_decay: float = 1e-2
     grad_clip: float = 1.0
     warmup: int = 10

@@ -163,7 +163,7 @@ def test_too_short_trajectories_are_refused(store: TrajectoryStore) -> None:
 
 
 def test_the_change_of_coordinates_folds_into_the_weights(store: TrajectoryStore) -> None:
-    twin, change = initial_network(CONFIG), basis(CONFIG, CPU)
+    twin, change = initial_network(CONFIG), basis(5, CONFIG.magnify, CPU)
     item = Sampler(store, SAMPLER, CPU).item(1, np.random.default_rng(0), validation=False)
     plain = Checkpoint.of(twin.config, exported(twin, change)).twin()
     with torch.no_grad():

@@ -1,0 +1,171 @@
+"""Refining a network on the trainings it nowcasts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from nowcast_proto.errors import UnreadableFile
+from nowcast_service.history import History
+from nowcast_service.metatrain.data import load
+from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
+from nowcast_service.metatrain.graphs import prepare
+from nowcast_service.metatrain.recipes import Group, Recipe, read_recipe
+from nowcast_service.metatrain.refine import CLIP, Episode, Outcome, RefineConfig, displacement, lesson, refine
+from nowcast_service.metatrain.train import TrainConfig, basis, exported, imported, initial_network
+from nowcast_service.metatrain.zoo import Arch
+from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
+from nowcast_service.predictors import make_predictor
+from nowcast_service.weights import resolve_checkpoint
+
+CPU = torch.device("cpu")
+MLP = Arch(kind="mlp", widths=(6,), channels=1, size=8)
+RECIPE = Recipe(
+    groups=(
+        Group(arch=MLP, source="digits", models=3, lr=(3e-3, 3e-3), batch=16),
+        Group(arch=Arch(kind="convnet", widths=(3, 4), channels=1, size=8), source="digits", models=2, batch=16),
+    )
+)
+CONFIG = RefineConfig(updates=4, episodes=2, periods=(10,), nowcasts=(2, 3), warmup=1)
+
+
+@pytest.fixture(scope="module")
+def start() -> Checkpoint:
+    config = TrainConfig(hidden=8)
+    twin = initial_network(config)
+    return Checkpoint.of(twin.config, exported(twin, basis(5, 15.0, CPU)))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        Arch(kind="convnet", widths=(4, 6), norm=True, size=8),
+        Arch(kind="gpt2", dim=12, layers=2, heads=3, vocabulary=20, context=8),
+        Arch(kind="llama", dim=16, layers=1, heads=4, kv_heads=2, vocabulary=20, context=8),
+    ],
+    ids=lambda arch: arch.kind,
+)
+def test_the_displacement_it_learns_by_is_the_one_inference_makes(arch: Arch) -> None:
+    checkpoint, spec, change = resolve_checkpoint("nowcast-h32"), arch.spec(), basis(5, 15.0, CPU)
+    torch.manual_seed(1)
+    flat = torch.randn(spec.numel) * 0.1
+    seen = torch.stack([flat + 0.01 * i + 0.02 * torch.randn(spec.numel) for i in range(5)])
+    sizes = [p.numel for p in spec.parameters]
+    first = slice(0, sizes[0])
+    seen[:, first] = 0.5  # a tensor that did not move
+    snapshots = [
+        {p.name: part.view(p.shape) for p, part in zip(spec.parameters, row.split(sizes), strict=True)} for row in seen
+    ]
+    parameters, _ = make_predictor("nino", checkpoint).predict(History.of(spec, snapshots), 7, None)
+    expected = torch.cat([parameters[p.name].reshape(-1) for p in spec.parameters]) - seen[-1]
+    graph = prepare(spec)
+    with torch.no_grad():
+        twin = imported(checkpoint, change)
+        moved, spread = displacement(twin, graph, seen[None], 7, graph.encoding, change)
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(moved[0], expected, rtol=1e-3, atol=1e-5)
+    assert (moved[0, first] == 0).all()
+    assert (spread[0, first] == 0).all()
+
+
+def test_a_checkpoint_comes_back_from_the_coordinates_it_is_trained_in(start: Checkpoint) -> None:
+    change = basis(5, 15.0, CPU)
+    back = exported(imported(start, change), change)
+    for name, tensor in start.state.items():
+        torch.testing.assert_close(back[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None:
+    spread = torch.full((1, 4), 2.0)
+    moved = torch.tensor([[2.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    # Gradients ask for much more of the first element; those that went farther ended higher. The third is free.
+    outcome = Outcome(torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
+    value, measured, expected = lesson(moved, spread, outcome, 0.2, math.log(10))
+    assert measured == pytest.approx(1.0)
+    assert expected == pytest.approx(-6.0)
+    value.backward()
+    gradient = moved.grad
+    assert gradient is not None
+    # Per unit of the displacement the loss rises by `measured`; the rest stays as the gradients have it.
+    assert gradient[0, 0] > 0
+    assert float(gradient[0, 2] / gradient[0, 0]) == pytest.approx(0.5 / (measured / 2.0))
+    assert gradient[0, [1, 3]].tolist() == [0, 0]
+
+
+def test_a_training_that_diverged_teaches_nothing_and_a_steep_one_not_too_much() -> None:
+    spread = torch.ones(4, 2)
+    moved = torch.tensor([[1.0, 0.0]]).repeat(4, 1).requires_grad_()
+    gradient = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1000.0], [0.0, 1.0]])
+    outcome = Outcome(gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
+    value, _, _ = lesson(moved, spread, outcome, 0.4, math.log(10))
+    value.backward()
+    assert moved.grad is not None
+    assert moved.grad[3].tolist() == [0, 0]
+    mean = (1 + 1 + 1000) / 3
+    assert float(moved.grad[2, 1]) == pytest.approx(CLIP / 3)
+    assert float(moved.grad[0, 1]) == pytest.approx(1 / mean / 3)
+    nothing, measured, _ = lesson(moved, spread, outcome._replace(far=torch.full((4,), 99.0)), 0.4, math.log(10))
+    assert float(nothing.detach()) == 0
+    assert math.isnan(measured)
+
+
+def test_a_refinement_that_was_stopped_ends_where_one_that_was_not_does(start: Checkpoint, tmp_path: Path) -> None:
+    values = refine(start, RECIPE, CONFIG, tmp_path / "whole")
+    assert set(values) == {f"{source}/{kind}" for source in ("pairs", "gradients") for kind in ("mlp", "convnet")}
+    refine(start, RECIPE, CONFIG, tmp_path / "parts", stop_after=2)
+    half = load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")
+    refine(start, RECIPE, CONFIG, tmp_path / "parts")
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert whole.digest == parts.digest
+    assert len({whole.digest, half.digest, start.digest}) == 3
+    assert whole.metadata["start"] == start.digest
+    with pytest.raises(InvalidTrajectories, match="other config"):
+        refine(start, RECIPE, dataclasses.replace(CONFIG, lr=1e-5), tmp_path / "whole")
+    (tmp_path / "whole" / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(UnreadableFile, match="damaged"):
+        refine(start, RECIPE, CONFIG, tmp_path / "whole")
+
+
+def test_a_network_that_knows_nothing_learns_to_help(start: Checkpoint, tmp_path: Path) -> None:
+    """From random weights: what it has learned lowers the losses of trainings it has not seen."""
+    group = RECIPE.groups[0].model_copy(update={"lr": (1e-3, 1e-3), "models": 4})
+    config = dataclasses.replace(CONFIG, updates=40, episodes=1, periods=(20,), nowcasts=(3, 3), lr=3e-3)
+    refine(start, Recipe(groups=(group,)), config, tmp_path)
+    change, graph, data = basis(5, 15.0, CPU), prepare(MLP.spec()), load("digits")
+    still = dataclasses.replace(config, apart=0.0)
+
+    def gain(checkpoint: Checkpoint, key: str) -> float:
+        """How much lower the loss is after a nowcast than without, same batches."""
+        losses = []
+        for share in (0.0, 1.0):
+            episode = Episode(group, key, still, data, graph, CPU)
+            episode.advance()
+            with torch.no_grad():
+                twin = imported(checkpoint, change)
+                moved, _ = displacement(twin, graph, episode.seen, episode.horizon, graph.encoding, change)
+            losses.append(float(episode.advance(share * moved).far.mean()))
+        return losses[0] - losses[1]
+
+    refined = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    for number in range(3):
+        assert gain(refined, f"new/{number}") > 0.015
+        assert abs(gain(start, f"new/{number}")) < 0.001
+
+
+def test_what_is_held_out_and_what_cannot_be_are_refused(start: Checkpoint, tmp_path: Path) -> None:
+    held_out = Arch(kind="convnet", widths=(16, 32, 32), size=16)
+    with pytest.raises(InvalidRecipe, match="held out"):
+        refine(start, Recipe(groups=(Group(arch=held_out, source="cifar10@16"),)), CONFIG, tmp_path)
+    with pytest.raises(InvalidRecipe, match="multiples of 5"):
+        refine(start, RECIPE, dataclasses.replace(CONFIG, periods=(12,)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_kind_of_network_has_a_slot_of_its_own() -> None:
+    """Among six, the default."""
+    groups = read_recipe("refine").groups
+    kinds = [(group.arch.kind, group.arch.norm) for group in groups]
+    assert kinds[:6] == kinds[6:]
