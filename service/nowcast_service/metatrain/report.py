@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Row:
         seconds: Median training seconds to the target, nowcasts included.
         final: Median final metric.
         spread: Half the range of the final metric over seeds.
+        timed: Median metric at equal wall-clock, see `_at_equal_time`.
         kept: Share of nowcasts kept; None where none was made.
         p_value: Paired over seeds against tuned AdamW, final metric; None for AdamW itself or a single seed.
         nowcast_share: Nowcast time over training time.
@@ -41,6 +43,7 @@ class Row:
     seconds: float
     final: float
     spread: float
+    timed: float
     kept: float | None
     p_value: float | None
     nowcast_share: float
@@ -120,6 +123,24 @@ def _reached(run: Run, target: float, task: Task) -> tuple[float, float]:
     return math.inf, math.inf
 
 
+def _at_equal_time(run: Run) -> float:
+    """The metric when the run's own steps alone, without nowcasts, would have been done.
+
+    That is equal wall-clock on a machine where both take the same time for a step; seconds of two runs, made at
+    different times on a shared machine, cannot be compared. Linear between evaluations. NaN where the run ended early.
+    """
+    curve = [(0, math.nan, 0.0), *run["curve"]]
+    if curve[-1][0] != run["steps"]:
+        return math.nan
+    budget = min(run["training_seconds"], curve[-1][2])
+    for (_, before, since), (_, after, until) in itertools.pairwise(curve):
+        if until >= budget:
+            # Within the first stretch there is nothing to start from.
+            share = 1.0 if math.isnan(before) else (budget - since) / max(1e-9, until - since)
+            return float(after if share == 1.0 else before + share * (after - before))
+    return float(curve[-1][1])
+
+
 def _row(group: list[Run], tuned: list[Run], target: float, task: Task) -> Row:
     group = sorted(group, key=lambda run: run["seed"])
     hits = [_reached(run, target, task) for run in group]
@@ -132,6 +153,7 @@ def _row(group: list[Run], tuned: list[Run], target: float, task: Task) -> Row:
         seconds=statistics.median_high([seconds for _, seconds in hits]),
         final=_median(finals, task),
         spread=(max(finals) - min(finals)) / 2,
+        timed=_median([_at_equal_time(run) for run in group], task),
         kept=sum(run["kept"] for run in group) / made if made else None,
         p_value=None if group[0]["arm"] == tuned[0]["arm"] else paired_p(group, tuned),
         nowcast_share=sum(r["nowcast_seconds"] for r in group) / max(1e-9, sum(r["training_seconds"] for r in group)),
@@ -164,7 +186,7 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
             f"Target {report.target:.4g}{unit} ({origin}). "
             "A miss counts as infinite.\n\n"
             "| arm | rate | schedule | seeds | steps to target | against AdamW | seconds to target | final "
-            "| train loss | kept | nowcast time | p |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+            "| at equal time | train loss | kept | nowcast time | p |\n" + "|---" * 13 + "|"
         )
         for row in report.rows:
             parts.append(_line(row, report))
@@ -186,6 +208,7 @@ def _line(row: Row, report: TaskReport) -> str:
         gain,
         _number(row.seconds, "{:.1f}"),
         f"{row.final:.4g} ± {row.spread:.2g}",
+        f"{row.timed:.4g}" if math.isfinite(row.timed) else "",
         f"{statistics.median(run['train_loss'] for run in row.runs):.4g}",
         "" if row.kept is None else f"{100 * row.kept:.0f} %",
         "" if row.kept is None else f"{100 * row.nowcast_share:.1f} %",

@@ -138,6 +138,12 @@ def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tune
     assert rows["snoo"].steps == math.inf  # one of two seeds missed
     assert rows["linear"].steps == math.inf
     assert rows["lawa"].p_value == 0.25  # all three seeds better: as far as three seeds can go
+    # At 10 of 11 seconds four fifths of the last stretch are done.
+    late = [line(1, 60.0, [], predictor="lawa") | {"curve": [[50, 40.0, 6.0], [100, 60.0, 11.0]]}]
+    assert reports([*runs[:3], *late])[0].rows[0].timed == pytest.approx(56.0)
+    assert report.baseline.timed == report.baseline.final
+    stopped = [line(1, 60.0, [(50, 60.0)], predictor="lawa")]
+    assert math.isinf(reports([*runs[:3], *stopped])[0].rows[0].timed)
     table = markdown([report])
     assert "-50 %" in table
     assert "(gated off)" in next(row for row in table.splitlines() if "linear" in row)
