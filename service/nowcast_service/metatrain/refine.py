@@ -12,7 +12,8 @@ predicted, and a little less far. Both are nowcast as predicted for some further
   taking what happened in between as independent of d (the first-order approximation of MAML, Finn et al., 2017,
   section 5.2). These gradients are made by the trainings anyway.
 * the difference of the two losses, which says exactly, recovery included, what the length of d was worth. Where it
-  contradicts g . d, the part of g along d gives way.
+  contradicts g . d, the part of g along d gives way. In half of the lessons some tensors jump less far where the others
+  jump farther, so that lengths are learned tensor by tensor.
 """
 
 from __future__ import annotations
@@ -225,11 +226,13 @@ class Outcome(NamedTuple):
     """What became of a nowcast.
 
     Attributes:
+        signs: (models, elements) 1 where far jumped farther than near, -1 where less far.
         gradient: (models, elements) mean gradient of the training loss.
         far: (models,) mean loss of those that jumped farther than predicted.
         near: (models,) of those that jumped less far.
     """
 
+    signs: Tensor
     gradient: Tensor
     far: Tensor
     near: Tensor
@@ -285,15 +288,15 @@ def lesson(moved: Tensor, spread: Tensor, outcome: Outcome, apart: float, guess:
         guess: Loss of a uniform guess.
 
     Returns:
-        A scalar, whose gradient is what is meant; what jumping farther by all of the displacement would do to the loss,
+        A scalar, whose gradient is what is meant; what jumping by as much again (with the signs) would do to the loss,
         by the pairs and by the gradients; both NaN, and the scalar zero, where all trainings diverged.
     """
     good = (outcome.far < DIVERGED * guess) & (outcome.near < DIVERGED * guess) & outcome.gradient.isfinite().all(1)
     if not bool(good.any()):
         return 0.0 * moved.nan_to_num().sum(), math.nan, math.nan
-    moved, spread, gradient = moved[good], spread[good], outcome.gradient[good]
+    moved, spread, gradient, signs = moved[good], spread[good], outcome.gradient[good], outcome.signs[good]
     # In the coordinates the network predicts in; a tensor that stood still does not move.
-    step = moved.detach() / spread.clamp(min=EPSILON)
+    step = signs * moved.detach() / spread.clamp(min=EPSILON)
     slope = gradient * spread
     measured = (outcome.far - outcome.near)[good] / (2 * apart)
     expected = (slope * step).sum(1)
@@ -403,12 +406,13 @@ def _taught(
     ks = [k for k in range(1, config.farthest + 1) if abs(k - episode.horizon) <= config.around * episode.horizon]
     encoding = _encoding(episode.graph, config, key)
     moved, spread = displacement(twin, episode.graph, episode.seen[:models], ks, encoding, change)
-    jump = torch.cat(((1 + config.apart) * moved.detach(), (1 - config.apart) * moved.detach()))
+    signs = _signs(episode, key).to(moved.device)
+    jump = torch.cat((1 + config.apart * signs, 1 - config.apart * signs)) * moved.detach().repeat(2, 1)
     gradients, losses = episode.advance(jump, first=0.0 if config.after else config.settle)
     for _ in range(config.after):
         gradients, losses = episode.advance(_jump(twin, episode, encoding, change))
     episode.merge()
-    return moved, spread, Outcome(gradients.view(2, models, -1).mean(0), *losses.split(models))
+    return moved, spread, Outcome(signs, gradients.view(2, models, -1).mean(0), *losses.split(models))
 
 
 @torch.no_grad()
@@ -461,6 +465,15 @@ def _encoding(graph: TrainingGraph, config: RefineConfig, key: str) -> Tensor:
     if torch.rand((), generator=generator) < 0.5:
         return graph.random_encoding(generator)
     return graph.signed_encoding(generator)
+
+
+def _signs(episode: Episode, key: str) -> Tensor:
+    """All 1, or for every tensor of every training 1 or -1 at random; (models, elements)."""
+    generator = torch.Generator().manual_seed(_number(f"{key}/signs"))
+    segments = torch.tensor(episode.graph.segments)
+    signs = torch.randint(2, (episode.models, len(segments)), generator=generator) * 2.0 - 1
+    together = torch.rand((), generator=generator) < 0.5
+    return (torch.ones_like(signs) if together else signs).repeat_interleave(segments, 1)
 
 
 def _number(text: str) -> int:

@@ -82,7 +82,8 @@ def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None
     spread = torch.full((1, 4), 2.0)
     moved = torch.tensor([[2.0, 0.0, 0.0, 0.0]], requires_grad=True)
     # Gradients ask for much more of the first element; those that went farther ended higher. The third is free.
-    outcome = Outcome(torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
+    ones = torch.ones(1, 4)
+    outcome = Outcome(ones, torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
     value, measured, expected = lesson(moved, spread, outcome, 0.2, math.log(10))
     assert measured == pytest.approx(1.0)
     assert expected == pytest.approx(-6.0)
@@ -93,13 +94,20 @@ def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None
     assert gradient[0, 0] > 0
     assert float(gradient[0, 2] / gradient[0, 0]) == pytest.approx(0.5 / (measured / 2.0))
     assert gradient[0, [1, 3]].tolist() == [0, 0]
+    # Where far was less far, higher losses ask for more.
+    moved.grad = None
+    value, _, expected = lesson(moved, spread, outcome._replace(signs=-ones), 0.2, math.log(10))
+    assert expected == pytest.approx(6.0)
+    value.backward()
+    assert moved.grad is not None
+    assert moved.grad[0, 0] < 0
 
 
 def test_a_training_that_diverged_teaches_nothing_and_a_steep_one_not_too_much() -> None:
     spread = torch.ones(4, 2)
     moved = torch.tensor([[1.0, 0.0]]).repeat(4, 1).requires_grad_()
     gradient = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1000.0], [0.0, 1.0]])
-    outcome = Outcome(gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
+    outcome = Outcome(torch.ones(4, 2), gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
     value, _, _ = lesson(moved, spread, outcome, 0.4, math.log(10))
     value.backward()
     assert moved.grad is not None
@@ -150,7 +158,7 @@ def test_a_network_that_knows_nothing_learns_to_help(start: Checkpoint, tmp_path
 
     refined = load_checkpoint(tmp_path / "checkpoint.safetensors")
     for number in range(3):
-        assert gain(refined, f"new/{number}") > 0.015
+        assert gain(refined, f"new/{number}") > 0.005
         assert abs(gain(start, f"new/{number}")) < 0.001
 
 
