@@ -7,7 +7,7 @@ run() { # task arms seeds steps [more]
     shift 4
     if [ "${SEEDS:-5}" -lt "$seeds" ]; then seeds=$SEEDS; fi
     nowcast evaluate --out "${OUT:-docs/results/runs.jsonl}" --task "$task" --arms "docs/results/arms/$arms.json" \
-        --seeds "$seeds" --steps "$steps" --threads 1 --report runs/report.md "$@"
+        --seeds "$seeds" --steps "$steps" --threads 1 --report "${REPORT:-runs/report.md}" "$@"
 }
 for part in "$@"; do
     case $part in # baselines, rivals: nothing of it depends on our weights
@@ -16,29 +16,32 @@ for part in "$@"; do
     half-16-previous) run half-16 image-previous 5 1000 ;;
     half-16-bn-adamw) run half-16-bn bn-adamw 5 1000 ;;
     half-16-bn-rivals) run half-16-bn bn-rivals 5 1000 ;;
-    gpt2-code-adamw) run gpt2-code text-adamw 3 600 ;;
-    gpt2-code-rivals) run gpt2-code text-rivals 3 600 ;;
-    gpt2-code-previous) run gpt2-code text-previous 3 600 ;;
-    llama-code-adamw) run llama-code text-adamw 3 600 ;;
-    llama-code-rivals) run llama-code text-rivals 3 600 ;;
-    vit-adamw) run vit vit-adamw 3 600 ;;
-    vit-rivals) run vit vit-rivals 3 600 ;;
-    half-24-adamw) run half-24 wide-adamw 3 1000 ;;
-    half-24-rivals) run half-24 wide-rivals 3 1000 ;;
-    short-adamw) run c10-16 short-adamw 1 2000 ;;
-    short-rivals) run c10-16 short-rivals 1 2000 ;;
-    sweep-adamw) run half-16 sweep-adamw 1 1000 ;;
+    half-16-bn-previous) run half-16-bn image-previous 5 1000 ;;
+    gpt2-code-adamw) run gpt2-code text-adamw 5 600 ;;
+    gpt2-code-rivals) run gpt2-code text-rivals 5 600 ;;
+    gpt2-code-previous) run gpt2-code text-previous 5 600 ;;
+    llama-code-adamw) run llama-code text-adamw 5 600 ;;
+    llama-code-rivals) run llama-code text-rivals 5 600 ;;
+    llama-code-previous) run llama-code text-previous 5 600 ;;
+    vit-adamw) run vit vit-adamw 5 600 ;;
+    vit-rivals) run vit vit-rivals 5 600 ;;
+    half-24-adamw) run half-24 wide-adamw 5 1000 ;;
+    half-24-rivals) run half-24 wide-rivals 5 1000 ;;
+    short-adamw) run c10-16 short-adamw 3 2000 ;;
+    short-rivals) run c10-16 short-rivals 3 2000 ;;
+    sweep-adamw) run half-16 sweep-adamw 3 1000 ;;
+    sweep-rivals) run half-16 sweep-rivals 3 1000 ;;
     reproduction-nino) run c10-16 reproduction-nino 5 10000 --until-target ;;
     reproduction-adamw) run c10-16 reproduction-adamw 5 10000 --until-target ;;
     # ours
     half-16-ours) run half-16 image-ours 5 1000 ;;
     half-16-bn-ours) run half-16-bn image-ours 5 1000 ;;
-    half-24-ours) run half-24 image-ours 3 1000 ;;
-    gpt2-code-ours) run gpt2-code text-ours 3 600 ;;
-    llama-code-ours) run llama-code text-ours 3 600 ;;
-    vit-ours) run vit vit-ours 3 600 ;;
-    short-ours) run c10-16 short-ours 1 2000 ;;
-    sweep-ours) run half-16 sweep-ours 1 1000 ;;
+    half-24-ours) run half-24 image-ours 5 1000 ;;
+    gpt2-code-ours) run gpt2-code text-ours 5 600 ;;
+    llama-code-ours) run llama-code text-ours 5 600 ;;
+    vit-ours) run vit vit-ours 5 600 ;;
+    short-ours) run c10-16 short-ours 3 2000 ;;
+    sweep-ours) run half-16 sweep-ours 3 1000 ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 2 1000 ;;
     lengths) run choose-conv defaults-400 2 400 && run choose-conv defaults-2000 1 2000 ;;
