@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Row:
         final: Median final metric.
         spread: Half the range of the final metric over seeds.
         timed: Median metric at equal wall-clock, see `_at_equal_time`.
+        same_rate: Steps to where AdamW ends at this very rate and schedule, as a share of the steps it takes itself; None
+            for AdamW and where it was not run.
         kept: Share of nowcasts kept; None where none was made.
         p_value: Paired over seeds against tuned AdamW, final metric; None for AdamW itself or a single seed.
         nowcast_share: Nowcast time over training time.
@@ -44,6 +46,7 @@ class Row:
     final: float
     spread: float
     timed: float
+    same_rate: float | None
     kept: float | None
     p_value: float | None
     nowcast_share: float
@@ -94,11 +97,17 @@ def reports(runs: Sequence[Run]) -> list[TaskReport]:
         target = task.target
         if target is None or not any(_reached(run, target, task)[0] < math.inf for run in here):
             target = _median(_finals(tuned), task)
-        rows = [_row(group, tuned, target, task) for group in arms.values()]
+        twins = {_rate(group[0]["arm"]): group for group in plain.values()}
+        rows = [_row(group, tuned, twins.get(_rate(group[0]["arm"])), target, task) for group in arms.values()]
         rows.sort(key=lambda row: -sign * row.final if math.isfinite(row.final) else math.inf)
         baseline = next(row for row in rows if row.runs[0] is tuned[0] or row.runs[0]["key"] == _first(tuned)["key"])
         out.append(TaskReport(task, steps, target, baseline, tuple(rows)))
     return out
+
+
+def _rate(arm: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an arm shares with the same training without nowcasts."""
+    return arm["optimizer"], arm["lr"], arm["schedule"], arm["weight_decay"]
 
 
 def _first(group: Sequence[Run]) -> Run:
@@ -123,6 +132,11 @@ def _reached(run: Run, target: float, task: Task) -> tuple[float, float]:
     return math.inf, math.inf
 
 
+def _steps(group: Sequence[Run], target: float, task: Task) -> float:
+    """Median steps to a target, a miss counted as infinite."""
+    return statistics.median_high([_reached(run, target, task)[0] for run in group])
+
+
 def _at_equal_time(run: Run) -> float:
     """The metric when the run's own steps alone, without nowcasts, would have been done.
 
@@ -141,19 +155,26 @@ def _at_equal_time(run: Run) -> float:
     return float(curve[-1][1])
 
 
-def _row(group: list[Run], tuned: list[Run], target: float, task: Task) -> Row:
+def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: float, task: Task) -> Row:
     group = sorted(group, key=lambda run: run["seed"])
+    same_rate = None
+    if twin is not None and twin[0]["arm"] != group[0]["arm"]:
+        seeds = {run["seed"] for run in group}
+        twin = [run for run in twin if run["seed"] in seeds]
+        own = _median(_finals(twin), task) if twin else math.nan
+        same_rate = _steps(group, own, task) / _steps(twin, own, task) if math.isfinite(own) else None
     hits = [_reached(run, target, task) for run in group]
     made = sum(run["nowcasts"] for run in group)
     finals = _finals(group)
     return Row(
         arm=Arm.model_validate(group[0]["arm"]),
         runs=tuple(group),
-        steps=statistics.median_high([steps for steps, _ in hits]),
+        steps=_steps(group, target, task),
         seconds=statistics.median_high([seconds for _, seconds in hits]),
         final=_median(finals, task),
         spread=(max(finals) - min(finals)) / 2,
         timed=_median([_at_equal_time(run) for run in group], task),
+        same_rate=same_rate,
         kept=sum(run["kept"] for run in group) / made if made else None,
         p_value=None if group[0]["arm"] == tuned[0]["arm"] else paired_p(group, tuned),
         nowcast_share=sum(r["nowcast_seconds"] for r in group) / max(1e-9, sum(r["training_seconds"] for r in group)),
@@ -184,9 +205,10 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
             f"### {report.name}: {task.arch.label} on {task.source}\n\n"
             f"Batch {task.batch}, {report.steps:,} steps, seeds {', '.join(map(str, seeds))}. "
             f"Target {report.target:.4g}{unit} ({origin}). "
-            "A miss counts as infinite.\n\n"
-            "| arm | rate | schedule | seeds | steps to target | against AdamW | seconds to target | final "
-            "| at equal time | train loss | kept | nowcast time | p |\n" + "|---" * 13 + "|"
+            'A miss counts as infinite. "At this rate" is the same against AdamW at the same rate and schedule, to where '
+            "that ends.\n\n"
+            "| arm | rate | schedule | seeds | steps to target | against AdamW | at this rate | seconds to target | final "
+            "| at equal time | train loss | kept | nowcast time | p |\n" + "|---" * 14 + "|"
         )
         for row in report.rows:
             parts.append(_line(row, report))
@@ -206,6 +228,7 @@ def _line(row: Row, report: TaskReport) -> str:
         str(len(row.runs)),
         _number(row.steps, "{:.0f}"),
         gain,
+        "" if row.same_rate is None else _gain(row.same_rate, 1.0),
         _number(row.seconds, "{:.1f}"),
         f"{row.final:.4g} ± {row.spread:.2g}",
         f"{row.timed:.4g}" if math.isfinite(row.timed) else "",
