@@ -19,6 +19,23 @@ Run = dict[str, Any]
 GATED_OFF = 0.5
 """An arm that kept fewer than this share of its nowcasts has gated itself off: whatever it reached is no win."""
 
+COLUMNS = (
+    "arm",
+    "rate",
+    "schedule",
+    "seeds",
+    "steps to target",
+    "against AdamW",
+    "at this rate",
+    "seconds to target",
+    "final",
+    "at equal time",
+    "train loss",
+    "kept",
+    "nowcast time",
+    "p",
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,8 +49,8 @@ class Row:
         final: Median final metric.
         spread: Half the range of the final metric over seeds.
         timed: Median metric at equal wall-clock, see `_at_equal_time`.
-        same_rate: Steps to where AdamW ends at this very rate and schedule, as a share of the steps it takes itself; None
-            for AdamW and where it was not run.
+        same_rate: Steps to where AdamW ends at this very rate and schedule, as a share of the steps it takes itself;
+            None for AdamW, and where that was not run.
         kept: Share of nowcasts kept; None where none was made.
         p_value: Paired over seeds against tuned AdamW, final metric; None for AdamW itself or a single seed.
         nowcast_share: Nowcast time over training time.
@@ -205,10 +222,8 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
             f"### {report.name}: {task.arch.label} on {task.source}\n\n"
             f"Batch {task.batch}, {report.steps:,} steps, seeds {', '.join(map(str, seeds))}. "
             f"Target {report.target:.4g}{unit} ({origin}). "
-            'A miss counts as infinite. "At this rate" is the same against AdamW at the same rate and schedule, to where '
-            "that ends.\n\n"
-            "| arm | rate | schedule | seeds | steps to target | against AdamW | at this rate | seconds to target | final "
-            "| at equal time | train loss | kept | nowcast time | p |\n" + "|---" * 14 + "|"
+            "A miss counts as infinite. Column *at this rate*: against AdamW at the same rate and schedule, to where "
+            "that ends.\n\n" + f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
         )
         for row in report.rows:
             parts.append(_line(row, report))

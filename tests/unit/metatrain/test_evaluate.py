@@ -138,7 +138,7 @@ def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tune
     assert rows["snoo"].steps == math.inf  # one of two seeds missed
     assert rows["linear"].steps == math.inf
     assert rows["lawa"].p_value == 0.25  # all three seeds better: as far as three seeds can go
-    # AdamW at this rate ends at 52 after 100 steps, at the other at 30; SNOO's own rate (the default) was not run plain.
+    # AdamW at this rate ends at 52 after 100 steps, at the other at 30; at SNOO's it was not run.
     assert (rows["lawa"].same_rate, rows["snoo"].same_rate, report.baseline.same_rate) == (0.5, None, None)
     fast = [line(s, 35.0, [(50, 31.0), (100, 35.0)], lr=1e-2, predictor="lawa") for s in (1, 2)]
     assert next(row for row in reports([*runs, *fast])[0].rows if row.arm.lr == 1e-2).same_rate == 0.5
