@@ -1,4 +1,4 @@
-"""Collect, train and evaluate, small: the three commands a user types, on data every machine has."""
+"""Collect, train, refine and evaluate, small: the commands a user types, on data every machine has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def nowcast(*args: str) -> Result:
 
 
 @pytest.mark.slow
-def test_collect_train_evaluate(tmp_path: Path) -> None:
+def test_collect_train_refine_evaluate(tmp_path: Path) -> None:
     trajectories, trained = str(tmp_path / "trajectories"), tmp_path / "trained"
     nowcast("metatrain", "collect", "--out", trajectories, "--recipe", "smoke", "--threads", "1")
     nowcast("metatrain", "verify", "--trajectories", trajectories)
@@ -34,8 +34,17 @@ def test_collect_train_evaluate(tmp_path: Path) -> None:
     assert checkpoint.config.hidden == 8
     assert checkpoint.metadata["step"] == "40"
 
+    recipe = tmp_path / "recipe.json"
+    group = {"arch": {"kind": "mlp", "widths": [12], "channels": 1, "size": 8}, "source": "digits", "models": 2}
+    recipe.write_text(json.dumps({"groups": [group]}))
+    refine = ("metatrain", "refine", "--start", answer["checkpoint"], "--recipe", str(recipe), "--updates", "3")
+    refine += ("--episodes", "1", "--out", str(tmp_path / "refined"), "--threads", "1")
+    refined = json.loads(nowcast(*refine).stdout)
+    assert set(refined["last"]) == {"pairs/mlp", "gradients/mlp"}
+    assert load_checkpoint(refined["checkpoint"]).metadata["start"] == checkpoint.digest
+
     arms = tmp_path / "arms.json"
-    nino = {"predictor": "nino", "checkpoint": answer["checkpoint"], "lr": 3e-3, "period": 50}
+    nino = {"predictor": "nino", "checkpoint": refined["checkpoint"], "lr": 3e-3, "period": 50}
     arms.write_text(json.dumps([{"lr": [1e-3, 3e-3]}, nino, {"predictor": "lawa", "lr": 3e-3, "period": 50}]))
     out, report = tmp_path / "runs.jsonl", tmp_path / "report.md"
     evaluate = ("evaluate", "--out", str(out), "--task", "digits-mlp", "--arms", str(arms), "--seeds", "2")
