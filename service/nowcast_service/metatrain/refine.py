@@ -1,19 +1,18 @@
 """Refine a network on what a nowcast is for: the loss of a training after it has recovered from the jump.
 
 `train` teaches where weights will be. What that is worth to a training is another matter: an error along a steep
-direction of the loss is gone after twenty steps, one along a flat direction stays, a jump that helps at first may harm
-later, and the L1 distance rewards predictions that are too short. So here the network nowcasts live trainings of small
-networks, and is taught by what becomes of them.
+direction of the loss is gone after twenty steps, one along a flat direction stays, and the L1 distance rewards
+predictions that are too short. So here the network nowcasts live trainings of small networks, and is taught by what
+becomes of them in the period that follows.
 
-For a lesson every training goes on twice from a nowcast, with the same batches: having jumped a little farther than
-predicted, and a little less far. Both are nowcast as predicted for some further periods. From the last of these come
+Every training goes on twice from each nowcast, with the same batches: having jumped a little farther than predicted,
+and a little less far. From the second half of the period come
 
-* the mean gradient g of the training loss. The derivative of that loss with respect to the displacement d is nearly g,
-  taking what happened in between as independent of d (the first-order approximation of MAML, Finn et al., 2017,
-  section 5.2). These gradients are made by the trainings anyway.
-* the difference of the two losses, which says exactly, recovery included, what the length of d was worth. Where it
-  contradicts g . d, the part of g along d gives way. In half of the lessons some tensors jump less far where the others
-  jump farther, so that lengths are learned tensor by tensor.
+* the mean gradient g of the training loss. The derivative of the loss after recovery with respect to the displacement
+  d is nearly g, taking the recovery itself as independent of d (the first-order approximation of MAML, Finn et al.,
+  2017, section 5.2). These gradients are made by the trainings anyway.
+* the difference of the two losses, which says exactly, recovery included, what the length of d is worth. Where it
+  contradicts g . d, the part of g along d gives way.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,14 +66,12 @@ class RefineConfig:
     """Everything that decides the result, beside the recipe and the checkpoint it starts from.
 
     Attributes:
-        updates: Steps of the network; each is one lesson from every training of every episode.
+        updates: Steps of the network; each is one nowcast of every training of every episode.
         episodes: Groups that are trained beside each other; a step of the network averages over them.
         periods: Steps between nowcasts an episode may have, multiples of five.
-        lessons: Fewest and most lessons of a training.
-        after: Further periods after a nowcast, nowcast as predicted, before its lesson is drawn.
-        farthest: Horizon of a training's first nowcast, in strides; later ones decay as inference's do.
-        around: A lesson is for all horizons within this share of the one due, so that they learn together.
-        settle: Share of the first period that is left to recovery where the lesson is drawn from it (``after`` 0).
+        nowcasts: Fewest and most nowcasts of a training. Its horizons decay as inference's do.
+        farthest: Horizon of a training's first nowcast, in strides.
+        settle: Share of a period that is left to recovery before gradients and losses count.
         apart: How much farther, and less far, than predicted the two of a pair jump, as a share.
         lr: Peak learning rate.
         weight_decay: AdamW's.
@@ -86,11 +83,9 @@ class RefineConfig:
 
     updates: int = 200
     episodes: int = 6
-    periods: tuple[int, ...] = (50, 100)
-    lessons: tuple[int, int] = (3, 5)
-    after: int = 1
+    periods: tuple[int, ...] = (60, 100, 160)
+    nowcasts: tuple[int, int] = (5, 12)
     farthest: int = 40
-    around: float = 0.2
     settle: float = 0.5
     apart: float = 0.4
     lr: float = 1e-3
@@ -104,8 +99,8 @@ class RefineConfig:
 class Episode:
     """Small trainings of one group, side by side, which are nowcast every period.
 
-    Each is a pair of rows: ``models`` rows that will jump farther, then as many that will jump less far. The two are
-    equal until a lesson begins, and again after `merge`.
+    Each is a pair of rows, `far` and `near`, equal until a nowcast and again after the period that follows, when one
+    of the two, chosen at random, takes the place of both.
 
     Args:
         group: What is trained; its ``steps``, ``every`` and ``nowcasts`` do not count here.
@@ -116,8 +111,7 @@ class Episode:
         device: Where to train.
 
     Attributes:
-        models: Trainings.
-        seen: (2 models, 5, elements) snapshots of the period that has just ended.
+        seen: (models, 5, elements) snapshots of the period that has just ended.
         done: Periods trained.
     """
 
@@ -132,20 +126,18 @@ class Episode:
     ) -> None:
         self.group, self.graph, self._key, self._config, self._data = group, graph, key, config, data
         self._trainings = draw_trainings(group, key, config.seed)
-        self.models = len(self._trainings)
         draw = np.random.default_rng([config.seed, *key.encode()])
-        self._period = int(draw.choice(config.periods))
-        # Lessons begin at the first nowcast or a few later, so that in the end every nowcast has been one.
-        self.before = int(draw.integers(config.after + 1))
-        count = self.before + (config.after + 1) * int(draw.integers(config.lessons[0], config.lessons[1] + 1))
-        self._periods = 1 + count
-        self._horizons = horizon_schedule(self._period * count, self._period, farthest=config.farthest)
+        self.period = int(draw.choice(config.periods))
+        count = int(draw.integers(config.nowcasts[0], config.nowcasts[1] + 1))
+        # The first period is not nowcast: it gives the first snapshots.
+        self._periods = count + 1
+        self._horizons = horizon_schedule(self.period * count, self.period, farthest=config.farthest)
         parameters = initial_parameters(group.arch, [t.seed or 0 for t in self._trainings])
-        self._parameters = parameters.repeat(2, 1).to(device)
+        self._parameters = torch.cat((parameters, parameters)).to(device)
         decay = torch.tensor([[t.weight_decay or 0.0] for t in self._trainings], device=device)
-        self._optimizer = VectorOptimizer.of(group.optimizer, self._parameters, decay.repeat(2, 1))
+        self._optimizer = VectorOptimizer.of(group.optimizer, self._parameters, torch.cat((decay, decay)))
         self._gradients = vmap(grad_and_value(flat_loss(group.arch)))
-        self.seen = self._parameters.new_zeros(2 * self.models, CONTEXT, self._parameters.shape[1])
+        self.seen = self._parameters.new_zeros(len(self._trainings), CONTEXT, self._parameters.shape[1])
         self.done = 0
 
     @property
@@ -158,50 +150,52 @@ class Episode:
         """Of the next nowcast, in strides."""
         return self._horizons[self.done - 1]
 
-    def advance(self, moved: Tensor | None = None, *, first: float = 0.0) -> tuple[Tensor, Tensor]:
+    def advance(self, moved: Tensor | None = None) -> Outcome:
         """Jump, where there is something to jump by, and train for one period, taking snapshots.
 
         Args:
-            moved: (2 models, elements) displacement.
-            first: Share of the period to leave out of the means.
-
-        Returns:
-            Mean gradients (2 models, elements) and mean losses (2 models,) of the period.
+            moved: (models, elements) displacement predicted.
         """
-        group, period = self.group, self._period
+        group, models, period = self.group, len(self._trainings), self.period
         if moved is not None:
-            self._parameters += moved
+            self._parameters += torch.cat(((1 + self._config.apart) * moved, (1 - self._config.apart) * moved))
         # Streams of its own for every period: an episode that is picked up again sees what it would have seen.
-        stream = batches(self._data, group.arch, self.models, group.batch, _number(f"{self._key}/{self.done}"))
-        counted = period - int(first * period)
-        gradients, losses = torch.zeros_like(self._parameters), self._parameters.new_zeros(2 * self.models)
+        number = _number(f"{self._key}/{self.done}")
+        stream = batches(self._data, group.arch, models, group.batch, number)
+        first = int(self._config.settle * period)
+        gradients, losses = torch.zeros_like(self._parameters), self._parameters.new_zeros(2 * models)
+        seen = self._parameters.new_zeros(2 * models, CONTEXT, self._parameters.shape[1])
+        whole = self._periods * period
         for step in range(period):
             inputs, targets = next(stream)
             both = torch.cat((inputs, inputs)), torch.cat((targets, targets))
             gradient, loss = self._gradients(self._parameters, *both)
-            if step >= period - counted:
-                gradients += gradient / counted
-                losses += loss / counted
-            at, whole = self.done * period + step, self._periods * period
+            if step >= first:
+                gradients += gradient / (period - first)
+                losses += loss / (period - first)
+            at = self.done * period + step
             rates = [
                 [(t.lr or 0.0) * learning_rate(t.schedule or "constant", at, whole, group.warmup)]
                 for t in self._trainings
             ]
             self._optimizer.step(self._parameters, gradient, self._parameters.new_tensor(rates + rates))
             if (step + 1) % (period // CONTEXT) == 0:
-                self.seen[:, (step + 1) // (period // CONTEXT) - 1] = self._parameters
+                seen[:, (step + 1) // (period // CONTEXT) - 1] = self._parameters
+        draw = torch.Generator().manual_seed(number)
+        # A pair one of which has diverged goes on as the other.
+        coin = torch.rand(models, generator=draw).to(losses.device) < 0.5
+        far, near = losses.split(models)
+        take_near = (coin & near.isfinite()) | ~far.isfinite()
+        survivors = torch.arange(models, device=losses.device) + models * take_near
+        self.seen = seen[survivors]
+        survivors = survivors.repeat(2)
+        self._parameters = self._parameters[survivors]
+        self._optimizer.first, self._optimizer.second = (
+            self._optimizer.first[survivors],
+            self._optimizer.second[survivors],
+        )
         self.done += 1
-        return gradients, losses
-
-    def merge(self) -> None:
-        """Let one of every pair take the place of both: one at random, the other where that one has diverged."""
-        draw = torch.Generator().manual_seed(_number(f"{self._key}/{self.done}/merge"))
-        far, near = self._parameters.isfinite().all(1).view(2, -1)
-        coin = torch.rand(self.models, generator=draw).to(far.device) < 0.5
-        rows = torch.arange(self.models, device=far.device) + self.models * ((coin & near) | ~far)
-        rows = rows.repeat(2)
-        self._parameters, self.seen = self._parameters[rows], self.seen[rows]
-        self._optimizer.first, self._optimizer.second = self._optimizer.first[rows], self._optimizer.second[rows]
+        return Outcome(gradients.view(2, models, -1).mean(0), far, near)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: tensors, numbers and the key."""
@@ -223,23 +217,21 @@ class Episode:
 
 
 class Outcome(NamedTuple):
-    """What became of a nowcast.
+    """What became of a nowcast, over the steps of its period after `settle`.
 
     Attributes:
-        signs: (models, elements) 1 where far jumped farther than near, -1 where less far.
         gradient: (models, elements) mean gradient of the training loss.
         far: (models,) mean loss of those that jumped farther than predicted.
         near: (models,) of those that jumped less far.
     """
 
-    signs: Tensor
     gradient: Tensor
     far: Tensor
     near: Tensor
 
 
 def displacement(
-    twin: NiNoTwin, graph: TrainingGraph, seen: Tensor, ks: Sequence[int], encoding: Tensor, change: Tensor
+    twin: NiNoTwin, graph: TrainingGraph, seen: Tensor, k: int, encoding: Tensor, change: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where the network sees the parameters going, as inference computes it, but differentiable.
 
@@ -247,7 +239,7 @@ def displacement(
         twin: The network, in the coordinates `change` (see `basis`).
         graph: The architecture.
         seen: (models, 5, elements) snapshots, oldest first.
-        ks: Horizons in strides, over which it is averaged.
+        k: Horizon in strides.
         encoding: (nodes, 8) positional encoding.
         change: (5, 5) coordinates of the inputs.
 
@@ -265,11 +257,11 @@ def displacement(
     spread = torch.cat(deviations, -1)
     x = torch.cat(scaled, -1).permute(2, 0, 1)  # (elements, models, 5)
     fixed = x.new_tensor([1.0, 2.0]).view(2, 1, 1).expand(2, *x.shape[1:])
-    predictions = forward(twin, graph, torch.cat((x, fixed)) @ change.T, encoding, ks)
+    predictions = forward(twin, graph, torch.cat((x, fixed)) @ change.T, encoding, (k,))
     moves = x.new_zeros(x.shape[0] + 2, x.shape[1])
     for group, prediction in zip(graph.groups, predictions, strict=True):
         rows = group.gather[group.weighted].flatten()  # (edges * features,)
-        values = prediction[group.weighted].mean(-1).transpose(1, 2).flatten(0, 1)  # (edges * features, models)
+        values = prediction[group.weighted].squeeze(-1).transpose(1, 2).flatten(0, 1)  # (edges * features, models)
         moves = moves.index_copy(0, rows, values)
     return moves[:-2].T * spread, spread
 
@@ -277,8 +269,7 @@ def displacement(
 def lesson(moved: Tensor, spread: Tensor, outcome: Outcome, apart: float, guess: float) -> tuple[Tensor, float, float]:
     """What to minimise: the change of the loss after recovery with the displacement, in comparable units.
 
-    An episode counts with the root of how steep its losses are: late in training there is little to gain and much
-    noise, but many nowcasts. A training counts at most `CLIP` times its episode's mean.
+    Every episode counts the same however steep its losses are, and a training at most `CLIP` times its episode's mean.
 
     Args:
         moved: (models, elements) displacements, with gradient.
@@ -288,22 +279,22 @@ def lesson(moved: Tensor, spread: Tensor, outcome: Outcome, apart: float, guess:
         guess: Loss of a uniform guess.
 
     Returns:
-        A scalar, whose gradient is what is meant; what jumping by as much again (with the signs) would do to the loss,
+        A scalar, whose gradient is what is meant; what jumping farther by all of the displacement would do to the loss,
         by the pairs and by the gradients; both NaN, and the scalar zero, where all trainings diverged.
     """
     good = (outcome.far < DIVERGED * guess) & (outcome.near < DIVERGED * guess) & outcome.gradient.isfinite().all(1)
     if not bool(good.any()):
         return 0.0 * moved.nan_to_num().sum(), math.nan, math.nan
-    moved, spread, gradient, signs = moved[good], spread[good], outcome.gradient[good], outcome.signs[good]
+    moved, spread, gradient = moved[good], spread[good], outcome.gradient[good]
     # In the coordinates the network predicts in; a tensor that stood still does not move.
-    step = signs * moved.detach() / spread.clamp(min=EPSILON)
+    step = moved.detach() / spread.clamp(min=EPSILON)
     slope = gradient * spread
     measured = (outcome.far - outcome.near)[good] / (2 * apart)
     expected = (slope * step).sum(1)
     slope = slope + ((measured - expected) / step.square().sum(1).clamp(min=EPSILON))[:, None] * step
     norm = slope.norm(dim=1)
     mean = norm.mean().clamp(min=1e-12)
-    weight = (CLIP * mean / norm.clamp(min=1e-12)).clamp(max=1.0) / mean.sqrt()
+    weight = (CLIP * mean / norm.clamp(min=1e-12)).clamp(max=1.0) / mean
     direction = slope * weight[:, None] / spread.clamp(min=EPSILON)
     return (direction * moved).sum(1).mean(), float(measured.mean()), float(expected.mean())
 
@@ -360,7 +351,7 @@ def refine(
     makers = _Makers(recipe, config, data, where)
     saved = read_state(out / STATE, where, "episodes")
     if saved is None:
-        update, episodes = 0, [makers.episode(slot, 0, twin, change) for slot in range(config.episodes)]
+        update, episodes = 0, [makers.episode(slot, 0) for slot in range(config.episodes)]
     else:
         update = resume(out / STATE, saved, twin, optimizer, identity)
         episodes = [makers.restored(state) for state in saved["episodes"]]
@@ -375,8 +366,10 @@ def refine(
             for slot, episode in enumerate(episodes):
                 # Episodes differ in length, so networks early and late in training soon learn side by side.
                 if episode.over:
-                    episode = episodes[slot] = makers.episode(slot, update, twin, change)
-                moved, spread, outcome = _taught(twin, episode, config, f"{slot}/{update}", change)
+                    episode = episodes[slot] = makers.episode(slot, update)
+                encoding = _encoding(episode.graph, config, f"{slot}/{update}")
+                moved, spread = displacement(twin, episode.graph, episode.seen, episode.horizon, encoding, change)
+                outcome = episode.advance(moved.detach())
                 arch = episode.group.arch
                 guess = math.log(arch.vocabulary if arch.is_text else arch.classes)
                 value, paired, first_order = lesson(moved, spread, outcome, config.apart, guess)
@@ -398,29 +391,6 @@ def refine(
     return values
 
 
-def _taught(
-    twin: NiNoTwin, episode: Episode, config: RefineConfig, key: str, change: Tensor
-) -> tuple[Tensor, Tensor, Outcome]:
-    """One lesson of an episode: displacement with gradient, spread, and what became of it; see `lesson`."""
-    models = episode.models
-    ks = [k for k in range(1, config.farthest + 1) if abs(k - episode.horizon) <= config.around * episode.horizon]
-    encoding = _encoding(episode.graph, config, key)
-    moved, spread = displacement(twin, episode.graph, episode.seen[:models], ks, encoding, change)
-    signs = _signs(episode, key).to(moved.device)
-    jump = torch.cat((1 + config.apart * signs, 1 - config.apart * signs)) * moved.detach().repeat(2, 1)
-    gradients, losses = episode.advance(jump, first=0.0 if config.after else config.settle)
-    for _ in range(config.after):
-        gradients, losses = episode.advance(_jump(twin, episode, encoding, change))
-    episode.merge()
-    return moved, spread, Outcome(signs, gradients.view(2, models, -1).mean(0), *losses.split(models))
-
-
-@torch.no_grad()
-def _jump(twin: NiNoTwin, episode: Episode, encoding: Tensor, change: Tensor) -> Tensor:
-    """The nowcast of every row as predicted, (2 models, elements)."""
-    return displacement(twin, episode.graph, episode.seen, (episode.horizon,), encoding, change)[0]
-
-
 class _Makers:
     """Makes episodes, and remembers the data and graphs they share."""
 
@@ -429,17 +399,12 @@ class _Makers:
         self._data: dict[str, Images | Text] = {}
         self._graphs: dict[str, TrainingGraph] = {}
 
-    def episode(self, slot: int, update: int, twin: NiNoTwin, change: Tensor) -> Episode:
-        """The episode a slot begins at an update, ready for its first lesson.
-
-        Slots share the groups out among them, so that all are seen as often.
-        """
+    def episode(self, slot: int, update: int) -> Episode:
+        """The episode a slot begins at an update. Slots share the groups out among them, so all are seen as often."""
         own = [i for i in range(len(self._groups)) if i % self._config.episodes == slot % len(self._groups)]
         draw = np.random.default_rng([self._config.seed, slot, update])
         episode = self._make(f"{int(draw.choice(own))}/{slot}/{update}")
         episode.advance()
-        for _ in range(episode.before):
-            episode.advance(_jump(twin, episode, episode.graph.encoding, change))
         return episode
 
     def restored(self, state: dict[str, Any]) -> Episode:
@@ -465,15 +430,6 @@ def _encoding(graph: TrainingGraph, config: RefineConfig, key: str) -> Tensor:
     if torch.rand((), generator=generator) < 0.5:
         return graph.random_encoding(generator)
     return graph.signed_encoding(generator)
-
-
-def _signs(episode: Episode, key: str) -> Tensor:
-    """All 1, or for every tensor of every training 1 or -1 at random; (models, elements)."""
-    generator = torch.Generator().manual_seed(_number(f"{key}/signs"))
-    segments = torch.tensor(episode.graph.segments)
-    signs = torch.randint(2, (episode.models, len(segments)), generator=generator) * 2.0 - 1
-    together = torch.rand((), generator=generator) < 0.5
-    return (torch.ones_like(signs) if together else signs).repeat_interleave(segments, 1)
 
 
 def _number(text: str) -> int:

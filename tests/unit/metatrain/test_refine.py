@@ -29,7 +29,7 @@ RECIPE = Recipe(
         Group(arch=Arch(kind="convnet", widths=(3, 4), channels=1, size=8), source="digits", models=2, batch=16),
     )
 )
-CONFIG = RefineConfig(updates=4, episodes=2, periods=(10,), lessons=(1, 2), warmup=1)
+CONFIG = RefineConfig(updates=4, episodes=2, periods=(10,), nowcasts=(2, 3), warmup=1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_displacement_it_learns_by_is_the_one_inference_makes(arch: Arch) ->
     graph = prepare(spec)
     with torch.no_grad():
         twin = imported(checkpoint, change)
-        moved, spread = displacement(twin, graph, seen[None], (7,), graph.encoding, change)
+        moved, spread = displacement(twin, graph, seen[None], 7, graph.encoding, change)
     assert expected.norm() > 0.1
     torch.testing.assert_close(moved[0], expected, rtol=1e-3, atol=1e-5)
     assert (moved[0, first] == 0).all()
@@ -82,8 +82,7 @@ def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None
     spread = torch.full((1, 4), 2.0)
     moved = torch.tensor([[2.0, 0.0, 0.0, 0.0]], requires_grad=True)
     # Gradients ask for much more of the first element; those that went farther ended higher. The third is free.
-    ones = torch.ones(1, 4)
-    outcome = Outcome(ones, torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
+    outcome = Outcome(torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
     value, measured, expected = lesson(moved, spread, outcome, 0.2, math.log(10))
     assert measured == pytest.approx(1.0)
     assert expected == pytest.approx(-6.0)
@@ -94,27 +93,20 @@ def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None
     assert gradient[0, 0] > 0
     assert float(gradient[0, 2] / gradient[0, 0]) == pytest.approx(0.5 / (measured / 2.0))
     assert gradient[0, [1, 3]].tolist() == [0, 0]
-    # Where far was less far, higher losses ask for more.
-    moved.grad = None
-    value, _, expected = lesson(moved, spread, outcome._replace(signs=-ones), 0.2, math.log(10))
-    assert expected == pytest.approx(6.0)
-    value.backward()
-    assert moved.grad is not None
-    assert moved.grad[0, 0] < 0
 
 
 def test_a_training_that_diverged_teaches_nothing_and_a_steep_one_not_too_much() -> None:
     spread = torch.ones(4, 2)
     moved = torch.tensor([[1.0, 0.0]]).repeat(4, 1).requires_grad_()
     gradient = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1000.0], [0.0, 1.0]])
-    outcome = Outcome(torch.ones(4, 2), gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
+    outcome = Outcome(gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
     value, _, _ = lesson(moved, spread, outcome, 0.4, math.log(10))
     value.backward()
     assert moved.grad is not None
     assert moved.grad[3].tolist() == [0, 0]
     mean = (1 + 1 + 1000) / 3
-    assert float(moved.grad[2, 1]) == pytest.approx(CLIP * math.sqrt(mean) / 3)
-    assert float(moved.grad[0, 1]) == pytest.approx(1 / math.sqrt(mean) / 3)
+    assert float(moved.grad[2, 1]) == pytest.approx(CLIP / 3)
+    assert float(moved.grad[0, 1]) == pytest.approx(1 / mean / 3)
     nothing, measured, _ = lesson(moved, spread, outcome._replace(far=torch.full((4,), 99.0)), 0.4, math.log(10))
     assert float(nothing.detach()) == 0
     assert math.isnan(measured)
@@ -140,25 +132,26 @@ def test_a_refinement_that_was_stopped_ends_where_one_that_was_not_does(start: C
 def test_a_network_that_knows_nothing_learns_to_help(start: Checkpoint, tmp_path: Path) -> None:
     """From random weights: what it has learned lowers the losses of trainings it has not seen."""
     group = RECIPE.groups[0].model_copy(update={"lr": (1e-3, 1e-3), "models": 4})
-    config = dataclasses.replace(CONFIG, updates=40, episodes=1, periods=(20,), lessons=(2, 2), after=0, lr=3e-3)
+    config = dataclasses.replace(CONFIG, updates=40, episodes=1, periods=(20,), nowcasts=(3, 3), lr=3e-3)
     refine(start, Recipe(groups=(group,)), config, tmp_path)
     change, graph, data = basis(5, 15.0, CPU), prepare(MLP.spec()), load("digits")
+    still = dataclasses.replace(config, apart=0.0)
 
     def gain(checkpoint: Checkpoint, key: str) -> float:
         """How much lower the loss is after a nowcast than without, same batches."""
         losses = []
         for share in (0.0, 1.0):
-            episode = Episode(group, key, config, data, graph, CPU)
+            episode = Episode(group, key, still, data, graph, CPU)
             episode.advance()
             with torch.no_grad():
                 twin = imported(checkpoint, change)
-                moved, _ = displacement(twin, graph, episode.seen, (episode.horizon,), graph.encoding, change)
-            losses.append(float(episode.advance(share * moved)[1].mean()))
+                moved, _ = displacement(twin, graph, episode.seen, episode.horizon, graph.encoding, change)
+            losses.append(float(episode.advance(share * moved).far.mean()))
         return losses[0] - losses[1]
 
     refined = load_checkpoint(tmp_path / "checkpoint.safetensors")
     for number in range(3):
-        assert gain(refined, f"new/{number}") > 0.005
+        assert gain(refined, f"new/{number}") > 0.015
         assert abs(gain(start, f"new/{number}")) < 0.001
 
 
