@@ -42,8 +42,10 @@ for part in "$@"; do
     vit-ours) run vit vit-ours 5 600 ;;
     short-ours) run c10-16 short-ours 3 2000 ;;
     sweep-ours) run half-16 sweep-ours 3 1000 ;;
+    reproduction-ours) run c10-16 reproduction-ours 5 10000 --until-target ;;
     # settings: on the task for choosing, which is reported for nothing else
-    defaults) run choose-conv defaults 2 1000 ;;
+    defaults) run choose-conv defaults 5 1000 ;;
+    defaults-text) run choose-gpt2 defaults-text 5 600 ;;
     lengths) run choose-conv defaults-400 2 400 && run choose-conv defaults-2000 1 2000 ;;
     *)
         echo "no part is called $part" >&2
