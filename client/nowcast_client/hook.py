@@ -924,7 +924,8 @@ def attach(
             ``overwrite`` replaces them, ``reject`` takes a nowcast only if no step has passed.
         stale_steps: Most steps a nowcast may be late. Default: a fifth of the period.
         wait: Seconds the hook may wait for a nowcast at the end of a period; 0 never waits.
-        patch_bound: Refuse a nowcast that moves a tensor by more than this times horizon times its movement per stride.
+        patch_bound: Refuse a nowcast that moves a tensor by more than this times its movement per stride times the
+            horizon, or times 20 where that is more.
         wire_dtype: Dtype of snapshots in host memory and on the wire; None keeps each parameter's own.
         reply_dtype: Dtype of the predicted change on the wire.
         include_frozen: Send parameters without gradients as well (never patched); some families cannot be wired

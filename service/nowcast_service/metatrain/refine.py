@@ -347,6 +347,7 @@ def refine(
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "recipe": recipe.model_dump_json(exclude_defaults=True),
         "start": start.digest,
+        "start_metadata": json.dumps(dict(start.metadata), sort_keys=True),
     }
     makers = _Makers(recipe, config, data, where)
     saved = read_state(out / STATE, where, "episodes")

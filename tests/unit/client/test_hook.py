@@ -309,6 +309,18 @@ def test_absurd_replies_are_refused(spoil: Callable[[Any], Any], what: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(training.weights().values(), alone.weights().values(), strict=True))
 
 
+@pytest.mark.parametrize(("strides", "taken"), [(40, True), (400, False)])
+def test_a_nowcast_of_a_short_horizon_may_reach_farther(strides: int, taken: bool) -> None:
+    """A refined network moves what hardly moved by many strides even at the last horizon; not by any number of them."""
+    service = FakeService(lambda history, k: {n: strides * (v - history[-2][n]) for n, v in history[-1].items()})
+    training = Training(service, trial=False, max_horizon=1)
+    training.run(60)
+    assert ("patched" in training.kinds()) is taken
+    refused = [event for event in training.events if event.kind in ("failed", "rejected")]
+    assert all("4 x 20 strides" in event.detail["message"] for event in refused)
+    assert bool(refused) is not taken
+
+
 def test_corrupted_bytes_never_become_a_patch() -> None:
     """Every byte of a reply's header and 200 of its payload, one bit flipped at each try."""
     service = FakeService(nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -36,7 +37,7 @@ CONFIG = RefineConfig(updates=4, episodes=2, periods=(10,), nowcasts=(2, 3), war
 def start() -> Checkpoint:
     config = TrainConfig(hidden=8)
     twin = initial_network(config)
-    return Checkpoint.of(twin.config, exported(twin, basis(5, 15.0, CPU)))
+    return Checkpoint.of(twin.config, exported(twin, basis(5, 15.0, CPU)), metadata={"trajectories": "none"})
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,7 @@ def test_a_refinement_that_was_stopped_ends_where_one_that_was_not_does(start: C
     assert whole.digest == parts.digest
     assert len({whole.digest, half.digest, start.digest}) == 3
     assert whole.metadata["start"] == start.digest
+    assert json.loads(whole.metadata["start_metadata"]) == start.metadata
     with pytest.raises(InvalidTrajectories, match="other config"):
         refine(start, RECIPE, dataclasses.replace(CONFIG, lr=1e-5), tmp_path / "whole")
     (tmp_path / "whole" / "state.pt").write_bytes(b"not a state")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 from nowcast_service.metatrain.heldout import why_held_out
-from nowcast_service.metatrain.recipes import read_recipe
+from nowcast_service.metatrain.recipes import Recipe, read_recipe
+from nowcast_service.metatrain.refine import RefineConfig
 from nowcast_service.metatrain.store import Manifest, TrajectoryStore
 from nowcast_service.weights import resolve_checkpoint, shipped_path
 
@@ -22,8 +25,18 @@ def test_it_is_small_and_of_the_width_its_name_says() -> None:
 
 def test_its_manifest_is_of_the_trajectories_it_was_trained_on(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(MANIFEST.read_bytes())
-    metadata = resolve_checkpoint("nowcast-h32").metadata
+    metadata = json.loads(resolve_checkpoint("nowcast-h32").metadata["start_metadata"])
     assert TrajectoryStore(tmp_path).digest(int(metadata["shards"])) == metadata["trajectories"]
+
+
+def test_it_was_refined_with_the_recipe_of_the_package_and_nothing_held_out_in_it() -> None:
+    metadata = resolve_checkpoint("nowcast-h32").metadata
+    recipe = Recipe.model_validate_json(metadata["recipe"])
+    assert recipe == read_recipe("refine")
+    assert json.loads(metadata["config"]) == json.loads(json.dumps(dataclasses.asdict(RefineConfig())))
+    assert int(metadata["step"]) == RefineConfig().updates
+    for group in recipe.groups:
+        assert why_held_out(group.arch, group.source) is None
 
 
 def test_nothing_held_out_is_among_its_trajectories() -> None:
