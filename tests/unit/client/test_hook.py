@@ -279,11 +279,11 @@ def test_window_begins_again_after_a_rollback() -> None:
     training = Training(FakeService(linear))
     training.run(140, loss_of=lambda step, loss: 1.0 + (0.05 * (step - 50) if 50 <= step < 66 else 0.0))
     training.handle.wait(60)
-    held = next(iter(training.service.sessions.values()))[1]
     # Rolled back at 66: the snapshot of step 60 is of weights that are gone, the next window is 70 … 110.
     asked = [job.steps for job in training.service.jobs.values()]
     assert asked == [(10, 20, 30, 40, 50), (70, 80, 90, 100, 110)]
-    assert 60 in held
+    # It was taken all the same; whether it was sent before the rollback is the uploader's luck.
+    assert training.handle.summary()["snapshots"] == 14
 
 
 @pytest.mark.parametrize(
