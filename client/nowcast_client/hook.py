@@ -908,7 +908,7 @@ def attach(
         url: The service: ``http(s)://host:port`` or ``unix:///path``; ``embedded`` starts one in a child process that
             ends with this one. Default: ``NOWCAST_URL``, then ``http://127.0.0.1:8500``.
         period: Optimizer steps between nowcasts; ``context`` snapshots are taken in each. Default: a tenth of
-            ``total_steps``, at least 50 and at most 1,000; 1,000 where the length is not known.
+            ``total_steps``, at least 100 and at most 1,000; 1,000 where the length is not known.
         total_steps: Steps of the whole training; sets how fast the horizon shrinks. Without it the published schedule
             of ten periods is used and stays at one stride afterwards.
         context: Snapshots per nowcast, as the checkpoint wants.

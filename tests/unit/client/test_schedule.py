@@ -35,7 +35,7 @@ def test_impossible_cadences_are_refused(wrong: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(
     ("total_steps", "period"),
-    [(None, 1000), (50_000, 1000), (10_000, 1000), (2_000, 200), (1_234, 120), (600, 60), (30, 50)],
+    [(None, 1000), (50_000, 1000), (10_000, 1000), (2_000, 200), (1_234, 120), (600, 100), (30, 100)],
 )
 def test_default_period_is_a_tenth_of_the_training_within_bounds(total_steps: int | None, period: int) -> None:
     assert default_period(total_steps, context=5) == period
