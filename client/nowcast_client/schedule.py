@@ -16,7 +16,8 @@ DEFAULT_PERIODS = 10
 MAX_HORIZON = 40
 """Longest horizon, in strides, the published checkpoints were trained for."""
 SHORTEST_PERIOD, LONGEST_PERIOD = 100, 1000
-"""Between which the default period lies: at half the shortest nowcasts did harm in ``docs/results.md``; the published one."""
+"""Between which the default period lies: at half the shortest nowcasts did harm in ``docs/results.md``; the longest is
+the published one."""
 
 
 def default_period(total_steps: int | None, context: int) -> int:
