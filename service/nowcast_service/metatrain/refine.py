@@ -380,6 +380,8 @@ def refine(
             norm = nn.utils.clip_grad_norm_(twin.parameters(), config.grad_clip)
             if bool(norm.isfinite()):
                 optimizer.step()
+            else:
+                log.warning("update %d is left out: its gradient is not finite", update)
             update += 1
             values = {name: sum(each) / len(each) for name, each in measured.items()}
             on_update(update, values)
