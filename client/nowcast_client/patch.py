@@ -58,7 +58,8 @@ def verify(
     """Check every tensor of a nowcast before any is used.
 
     A straight path at the speed of the history covers ``horizon`` times the movement of one stride; a real path is
-    shorter. A tensor whose change is more than ``bound`` times that, or `REACH` strides, is not a forecast.
+    shorter. A tensor whose change is more than ``bound`` times that, or `REACH` strides' worth where the horizon is
+    shorter, is not a forecast.
 
     Args:
         deltas: Predicted changes by name.
