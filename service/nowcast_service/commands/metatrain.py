@@ -132,13 +132,15 @@ def refine(
     start: Annotated[str, typer.Option(help="Registered name or path of the network to start from.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the state to resume from, and the logs.")],
     recipe: Annotated[str, typer.Option(help="refine, another recipe's name, or a JSON file.")] = "refine",
-    updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 200,
+    updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 360,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 6,
+    episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 8,
     seed: Annotated[int, typer.Option(help="All randomness.")] = 0,
     data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
     device: Device = "cpu",
     save_every: Annotated[int, typer.Option(help="Updates between saves.")] = 20,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train; they do not change the result.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the trainings: takes a C++ compiler.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
 ) -> None:
     """Teach a trained network on live trainings what its nowcasts are worth; resumes where it was stopped."""
@@ -165,6 +167,8 @@ def refine(
             out,
             data=data,
             device=device,
+            workers=workers,
+            compiled=compiled,
             save_every=save_every,
             on_update=lambda update, _: progress.update(bar, completed=update),
         )

@@ -174,8 +174,8 @@ def _cpu() -> Recipe:
 
 
 def _refine() -> Recipe:
-    """For refining on one CPU core: small networks at rates around the best. Six kinds of network in turn, as
-    `refine` trains six groups beside each other by default."""
+    """For refining on CPU cores: small networks at rates around the best and up to four times that. Eight kinds of
+    training in turn, as `refine` trains eight groups beside each other by default."""
 
     def images(arch: Arch, **fields: Any) -> Group:
         defaults = {"lr": (2e-3, 1.2e-2), "batch": 32, "models": 6}
@@ -183,22 +183,27 @@ def _refine() -> Recipe:
 
     def text(arch: Arch, source: str, **fields: Any) -> Group:
         tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
-        defaults = {"lr": (1.5e-3, 8e-3), "batch": 8, "models": 6}
+        defaults = {"lr": (1.5e-3, 1.2e-2), "batch": 8, "models": 6}
         return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}")
 
+    steep = {"lr": (4e-3, 1.6e-2), "warmup": 50, "schedules": ("constant", "cosine")}
     return Recipe(
         groups=(
-            images(_conv(8, 16, 16)),
             text(_gpt2(2, 24, 3, context=32), "shakespeare"),
-            images(_conv(12, 24, 24, size=8), batch=64),
+            images(_conv(10, 20, 24), models=4, batch=64),
             text(_llama(2, 16, 4, 2, 128, 32), "headers"),
+            images(_conv(12, 24, 24, size=8), batch=128),
             images(_conv(8, 16, 16, norm=True)),
+            text(_gpt2(3, 20, 2, 96, 32), "shakespeare", **steep),
+            images(_conv(8, 16, 16)),
             images(_mlp(32, 32, source="cifar10")),
-            images(_conv(10, 20, 24), models=4),
             text(_gpt2(2, 16, 2, 128, 32), "headers"),
-            images(_conv(12, 24, 24), models=4, batch=64),
+            images(_conv(12, 24, 24), models=4),
             text(_llama(2, 24, 4, 2, context=32), "shakespeare"),
-            images(_conv(10, 20, 20, norm=True), models=4),
+            images(_conv(16, 32, 24, size=8), batch=64),
+            images(_conv(10, 20, 20, norm=True), models=4, batch=64),
+            text(_gpt2(2, 24, 3, 128, 32), "headers", **steep),
+            images(_conv(12, 12, 24, 24)),
             images(_mlp(48, 24, source="cifar10")),
         )
     )

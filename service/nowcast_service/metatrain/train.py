@@ -269,13 +269,15 @@ def save(
     identity: Mapping[str, str],
     results: Mapping[str, float],
     more: Mapping[str, Any] | None = None,
+    checkpoint_of: NiNoTwin | None = None,
 ) -> None:
-    """Write the state to resume from, with whatever else it takes, and the checkpoint."""
+    """Write the state to resume from, with whatever else it takes, and the checkpoint: of the network, or of another
+    (an average over its past)."""
     state = {"step": step, "optimizer": optimizer.state_dict(), "network": twin.state_dict(), **(more or {})}
     with replacing(out / STATE) as scratch:
         torch.save(state | dict(identity), scratch)
     metadata = {"step": str(step), "validation": json.dumps(results), **identity}
-    checkpoint = Checkpoint.of(twin.config, exported(twin, change), metadata=metadata)
+    checkpoint = Checkpoint.of(twin.config, exported(checkpoint_of or twin, change), metadata=metadata)
     save_checkpoint(out / CHECKPOINT, checkpoint)
 
 

@@ -5,17 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-from nowcast_proto.errors import UnreadableFile
+from nowcast_proto.errors import Unavailable, UnreadableFile
 from nowcast_service.history import History
+from nowcast_service.metatrain.collect import batches, initial_parameters
 from nowcast_service.metatrain.data import load
 from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_service.metatrain.graphs import prepare
 from nowcast_service.metatrain.recipes import Group, Recipe, read_recipe
-from nowcast_service.metatrain.refine import CLIP, Episode, Outcome, RefineConfig, displacement, lesson, refine
+from nowcast_service.metatrain.refine import (
+    CLIP,
+    Episode,
+    Outcome,
+    RefineConfig,
+    displacement,
+    lesson,
+    loss_gradients,
+    refine,
+)
 from nowcast_service.metatrain.train import TrainConfig, basis, exported, imported, initial_network
 from nowcast_service.metatrain.zoo import Arch
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
@@ -131,10 +142,60 @@ def test_a_refinement_that_was_stopped_ends_where_one_that_was_not_does(start: C
         refine(start, RECIPE, CONFIG, tmp_path / "whole")
 
 
+def test_it_does_not_matter_how_many_processes_train(start: Checkpoint, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as each of two processes has; sums differ with their number
+    try:
+        alone = refine(start, RECIPE, CONFIG, tmp_path / "alone")
+    finally:
+        torch.set_num_threads(threads)
+    together = refine(start, RECIPE, CONFIG, tmp_path / "together", workers=2)
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "together"))
+    assert one.digest == two.digest
+    assert alone == together
+
+
+def test_a_process_that_dies_is_told_and_what_was_saved_goes_on(start: Checkpoint, tmp_path: Path) -> None:
+    def kill(update: int, _: dict[str, float]) -> None:
+        if update == 2:
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(Unavailable, match=r"has died.*fewer workers"):
+        refine(start, RECIPE, CONFIG, tmp_path, workers=2, save_every=1, on_update=kill)
+    updates = []
+    refine(start, RECIPE, CONFIG, tmp_path, on_update=lambda update, _: updates.append(update))
+    assert updates == [3, 4]
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors").metadata["step"] == "4"
+
+
+def test_the_checkpoint_is_an_average_over_updates(start: Checkpoint, tmp_path: Path) -> None:
+    states = []
+    for update in range(1, 4):
+        refine(start, RECIPE, CONFIG, tmp_path, stop_after=update)
+        states.append(torch.load(tmp_path / "state.pt", weights_only=True)["network"])
+    share, name = CONFIG.average, "edge_out.fc.2.weight"
+    expected = states[0][name]
+    for state in states[1:]:
+        expected = share * expected + (1 - share) * state[name]
+    got = load_checkpoint(tmp_path / "checkpoint.safetensors").state[name]
+    torch.testing.assert_close(got, expected)
+    assert not torch.equal(got, states[-1][name])
+
+
+def test_compiled_trainings_have_the_same_gradients() -> None:
+    group = RECIPE.groups[0]
+    inputs, targets = next(batches(load(group.source), MLP, 3, 16, 0))
+    parameters = initial_parameters(MLP, [1, 2, 3])
+    plain, fused = (loss_gradients(MLP, compiled=compiled) for compiled in (False, True))
+    for one, two in zip(plain(parameters, inputs, targets), fused(parameters, inputs, targets), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_a_network_that_knows_nothing_learns_to_help(start: Checkpoint, tmp_path: Path) -> None:
     """From random weights: what it has learned lowers the losses of trainings it has not seen."""
     group = RECIPE.groups[0].model_copy(update={"lr": (1e-3, 1e-3), "models": 4})
-    config = dataclasses.replace(CONFIG, updates=40, episodes=1, periods=(20,), nowcasts=(3, 3), lr=3e-3)
+    config = dataclasses.replace(CONFIG, updates=40, episodes=1, periods=(20,), nowcasts=(3, 3), lr=3e-3, average=0.5)
     refine(start, Recipe(groups=(group,)), config, tmp_path)
     change, graph, data = basis(5, 15.0, CPU), prepare(MLP.spec()), load("digits")
     still = dataclasses.replace(config, apart=0.0)
@@ -167,7 +228,7 @@ def test_what_is_held_out_and_what_cannot_be_are_refused(start: Checkpoint, tmp_
 
 
 def test_every_kind_of_network_has_a_slot_of_its_own() -> None:
-    """Among six, the default."""
+    """Among eight, the default."""
     groups = read_recipe("refine").groups
-    kinds = [(group.arch.kind, group.arch.norm) for group in groups]
-    assert kinds[:6] == kinds[6:]
+    kinds = [(group.arch.kind, group.arch.norm, group.warmup) for group in groups]
+    assert kinds[:8] == kinds[8:]
