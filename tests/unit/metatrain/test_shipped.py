@@ -23,20 +23,33 @@ def test_it_is_small_and_of_the_width_its_name_says() -> None:
     assert shipped_path().with_suffix(".md").read_text().startswith("# nowcast-h32\n")
 
 
+def refinements() -> list[dict[str, str]]:
+    """Metadata of every refinement it went through, the last one first."""
+    found = [dict(resolve_checkpoint("nowcast-h32").metadata)]
+    while "start_metadata" in found[-1]:
+        found.append(json.loads(found[-1]["start_metadata"]))
+    return found[:-1]
+
+
+def before_refining() -> dict[str, str]:
+    """Metadata of what was trained on trajectories."""
+    return json.loads(refinements()[-1]["start_metadata"])
+
+
 def test_its_manifest_is_of_the_trajectories_it_was_trained_on(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(MANIFEST.read_bytes())
-    metadata = json.loads(resolve_checkpoint("nowcast-h32").metadata["start_metadata"])
+    metadata = before_refining()
     assert TrajectoryStore(tmp_path).digest(int(metadata["shards"])) == metadata["trajectories"]
 
 
 def test_it_was_refined_with_the_recipe_of_the_package_and_nothing_held_out_in_it() -> None:
-    metadata = resolve_checkpoint("nowcast-h32").metadata
-    recipe = Recipe.model_validate_json(metadata["recipe"])
-    assert recipe == read_recipe("refine")
-    assert json.loads(metadata["config"]) == json.loads(json.dumps(dataclasses.asdict(RefineConfig())))
-    assert int(metadata["step"]) == RefineConfig().updates
-    for group in recipe.groups:
-        assert why_held_out(group.arch, group.source) is None
+    last, first = refinements()
+    assert Recipe.model_validate_json(last["recipe"]) == read_recipe("refine")
+    assert json.loads(last["config"]) == json.loads(json.dumps(dataclasses.asdict(RefineConfig())))
+    for metadata in (last, first):
+        assert int(metadata["step"]) == json.loads(metadata["config"])["updates"]
+        for group in Recipe.model_validate_json(metadata["recipe"]).groups:
+            assert why_held_out(group.arch, group.source) is None
 
 
 def test_nothing_held_out_is_among_its_trajectories() -> None:
