@@ -69,7 +69,7 @@ def test_cadence_snapshots_and_horizons() -> None:
     training.run(200)
     assert training.handle.summary()["snapshots"] == 20
     # The last of four comes at the very end, where no step would profit from it.
-    assert asked == [(40, 5), (21, 5), (8, 5)]
+    assert asked == [(20, 5), (11, 5), (5, 5)]
     patched = [event for event in training.events if event.kind == "patched"]
     assert [(event.step, event.detail["of"], event.detail["behind"]) for event in patched] == [
         (50, 50, 0),
@@ -115,7 +115,7 @@ def test_delta_is_added_to_newer_weights_when_training_went_on() -> None:
     event = training.first("patched")
     assert (event.step, event.detail["of"], event.detail["behind"]) == (54, 50, 4)
     session = next(iter(service.sessions.values()))[1]
-    deltas = linear([session[s][1] for s in (10, 20, 30, 40, 50)], 40)
+    deltas = linear([session[s][1] for s in (10, 20, 30, 40, 50)], 20)
     for name, weight in twin.weights().items():
         assert torch.equal(training.weights()[name], weight + torch.from_numpy(deltas[name].astype(np.float32)))
 
@@ -147,7 +147,7 @@ def test_overwrite_goes_back_to_the_snapshot() -> None:
     training.run(1)
     session = next(iter(service.sessions.values()))[1]
     history = [session[s][1] for s in (10, 20, 30, 40, 50)]
-    deltas = linear(history, 40)
+    deltas = linear(history, 20)
     for name, weight in training.weights().items():
         wanted = torch.from_numpy(history[-1][name]) + torch.from_numpy(deltas[name].astype(np.float32))
         assert torch.equal(weight, wanted)

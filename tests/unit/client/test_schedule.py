@@ -6,17 +6,17 @@ from nowcast_client.schedule import Cadence, default_period, horizons
 
 
 def test_published_schedule() -> None:
-    assert horizons(10) == (40, 33, 26, 21, 16, 11, 8, 5, 3, 1)
+    assert horizons(10, 40) == (40, 33, 26, 21, 16, 11, 8, 5, 3, 1)
 
 
 def test_every_nowcast_of_a_training_gets_its_horizon() -> None:
-    cadence = Cadence(period=1000, total_steps=10_000)
+    cadence = Cadence(period=1000, total_steps=10_000, max_horizon=40)
     assert [cadence.horizon(s) for s in range(1000, 10_001, 1000)] == [40, 33, 26, 21, 16, 11, 8, 5, 3, 1]
     assert cadence.horizon(50_000) == 1
 
 
-def test_without_a_length_the_published_schedule_is_used() -> None:
-    assert Cadence(period=100).schedule == (40, 33, 26, 21, 16, 11, 8, 5, 3, 1)
+def test_without_a_length_ten_periods_are_assumed() -> None:
+    assert Cadence(period=100).schedule == (20, 17, 14, 11, 9, 6, 5, 3, 2, 1)
 
 
 def test_five_snapshots_a_period_the_last_at_its_end() -> None:
