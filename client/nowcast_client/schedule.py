@@ -48,7 +48,7 @@ def horizons(periods: int, longest: int = MAX_HORIZON) -> tuple[int, ...]:
         longest: First horizon.
 
     Returns:
-        ``round(linspace(sqrt(longest), 1, periods) ** 2)``; (40, 33, 26, 21, 16, 11, 8, 5, 3, 1) for ten periods from 40.
+        ``round(linspace(sqrt(longest), 1, periods) ** 2)``; (20, 17, 14, 11, 9, 6, 5, 3, 2, 1) for ten periods.
     """
     if periods <= 1:
         return (longest,)

@@ -22,6 +22,7 @@ from torch import Tensor
 from nowcast_client.demo.gpt import GPT, GPTConfig
 from nowcast_client.demo.text import Text, standard_library
 from nowcast_client.hook import Event, Mode, attach
+from nowcast_client.schedule import MAX_HORIZON
 
 log = logging.getLogger("nowcast.demo")
 
@@ -56,7 +57,7 @@ class Job:
     rate: float = 1.6e-2
     batch: int = 16
     period: int = 100
-    max_horizon: int = 8
+    max_horizon: int = MAX_HORIZON
     every: int = 25
     threads: int = 1
     mode: Mode = "off"

@@ -29,7 +29,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture, the figures and the logs.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=100, help="Optimizer steps of each training.")] = 1000,
     period: Annotated[int, typer.Option(min=15, help="Steps between nowcasts.")] = 100,
-    max_horizon: Annotated[int, typer.Option(min=1, help="Longest horizon, in strides of a fifth of the period.")] = 8,
+    max_horizon: Annotated[int, typer.Option(min=1, help="Longest horizon, in strides of a fifth of the period.")] = 20,
     rate: Annotated[
         float, typer.Option(min=1e-6, help="Peak learning rate; by default the best for training alone.")
     ] = 1.6e-2,
