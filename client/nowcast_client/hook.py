@@ -909,7 +909,7 @@ def attach(
             ends with this one. Default: ``NOWCAST_URL``, then ``http://127.0.0.1:8500``.
         period: Optimizer steps between nowcasts; ``context`` snapshots are taken in each. Default: a tenth of
             ``total_steps``, at least 100 and at most 1,000; 1,000 where the length is not known.
-        total_steps: Steps of the whole training; sets how fast the horizon shrinks. Without it the published schedule
+        total_steps: Steps of the whole training; sets how fast the horizon shrinks. Without it a schedule
             of ten periods is used and stays at one stride afterwards.
         context: Snapshots per nowcast, as the checkpoint wants.
         mode: ``on``, ``shadow`` (predict and log, never patch) or ``off``. Default: ``NOWCAST_MODE``, then ``on``.
