@@ -43,6 +43,7 @@ for part in "$@"; do
     short-ours) run c10-16 short-ours 3 2000 ;;
     sweep-ours) run half-16 sweep-ours 3 1000 ;;
     reproduction-ours) run c10-16 reproduction-ours 5 10000 --until-target ;;
+    reproduction-trial) run c10-16 reproduction-trial 1 10000 --until-target ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 5 1000 ;;
     defaults-text) run choose-gpt2 defaults-text 5 600 ;;
