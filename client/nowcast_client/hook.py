@@ -44,7 +44,7 @@ from nowcast_client.layout import WIRE_DTYPES, Layout, fingerprint, innermost, l
 from nowcast_client.losses import LossReader
 from nowcast_client.patch import Backup, Patch, apply
 from nowcast_client.savings import SMOOTHED, Alone, ahead
-from nowcast_client.schedule import MAX_HORIZON, Cadence, default_period
+from nowcast_client.schedule import MANY_NOWCASTS, MAX_HORIZON, Cadence, default_period
 from nowcast_client.session import Session, mint
 from nowcast_client.snapshot import Ring, Slot
 from nowcast_client.spec import derive_spec
@@ -990,6 +990,12 @@ def attach(
         optimizers = [innermost(one) for one in wrapped]
         every = default_period(total_steps, context) if period is None else period
         cadence = Cadence(every, context, total_steps, max_horizon)
+        if total_steps is not None and total_steps // every > MANY_NOWCASTS and checkpoint is predictor is None:
+            log.warning(
+                "period=%d makes %d nowcasts in %d steps; the shipped weights gained with up to %d and did harm with 50: "
+                "a longer period, or a checkpoint that is meant for more, is safer",
+                *(every, total_steps // every, total_steps, MANY_NOWCASTS),
+            )
         settings = _trial_settings(trial, every)
         adapters = None if spec or table or include_frozen else adapter_spec(model)
         architecture = spec or adapters or derive_spec(model, include_frozen=include_frozen, table=table)

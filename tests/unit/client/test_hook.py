@@ -162,6 +162,15 @@ def test_shadow_predicts_and_never_patches() -> None:
     assert alone.handle.summary()["snapshots"] == 0
 
 
+@pytest.mark.parametrize(("fields", "warned"), [({}, True), ({"checkpoint": "mine"}, False), ({"period": 100}, False)])
+def test_more_nowcasts_than_the_shipped_weights_are_good_for_are_warned_of(
+    fields: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "nowcast"):
+        Training(FakeService(nothing), **{"period": 50, "total_steps": 2000, **fields})
+    assert any("period=50 makes 40 nowcasts" in record.message for record in caplog.records) is warned
+
+
 def test_without_a_reported_loss_nothing_is_patched(caplog: pytest.LogCaptureFixture) -> None:
     training = Training(FakeService(linear))
     with caplog.at_level(logging.WARNING, "nowcast"):
