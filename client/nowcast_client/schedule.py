@@ -17,9 +17,8 @@ MAX_HORIZON = 20
 """First horizon, in strides: in ``docs/results.md`` our weights ended better with it on the text task for choosing than
 with the published 40, and the same on the convolutional one."""
 SHORTEST_PERIOD, LONGEST_PERIOD = 100, 1000
-"""Between which the default period lies: at half the shortest nowcasts did harm in ``docs/results.md``; the longest is
-the published one."""
-
+"""Between which the default period lies: at half the shortest nowcasts harmed text and gained nothing on images in
+``docs/results.md``; the longest is the published one."""
 MANY_NOWCASTS = 20
 """More in one training is beyond what the shipped weights were refined on (12) and measured to gain with (19); 50,
 every 200 steps of 10,000, ruined a run in ``docs/results.md``."""

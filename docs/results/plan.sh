@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that docs/results.md reports, written down before the first run: tasks, arms, seeds, lengths.
+# Everything that docs/results.md reports: tasks, arms, seeds, lengths. Which arms came later than the rest is told there.
 # nino_no_posw is the published checkpoint (nowcast weights), runs/previous.safetensors the one shipped before this round.
 # SEEDS caps the seeds of every line: passes with 1, 2, … finish all tasks seed by seed, and no run is made twice.
 run() { # task arms seeds steps [more]
