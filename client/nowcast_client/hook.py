@@ -49,7 +49,7 @@ from nowcast_client.session import Session, mint
 from nowcast_client.snapshot import Ring, Slot
 from nowcast_client.spec import derive_spec
 from nowcast_client.transport import HttpTransport, Retry, Transport
-from nowcast_client.trial import LossTrace, TrialSettings, Verdict, judge
+from nowcast_client.trial import BestLevel, Level, LossTrace, TrialSettings, Verdict, judge
 from nowcast_client.uploader import Arrived, Failed, Uploaded, Uploader, Window
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Handle:
         self._transport = transport
         self._job = job
         self._trial_settings = trial
+        self._best = BestLevel(trial) if trial is not None and mode == "on" else None
         self._stale = stale
         self._stale_steps = stale_steps
         self._wire_dtype = wire_dtype
@@ -358,6 +359,7 @@ class Handle:
             "rolled_back_in_a_row": self._rolled_back_in_a_row,
             "harm_steps": self._harm_steps,
             "gains": self._gained(),
+            "best": [self._best.best.mean, self._best.best.error] if self._best and self._best.best else None,
             "counts": dict(self._counts),
         }
 
@@ -382,6 +384,9 @@ class Handle:
         self._rolled_back_in_a_row = int(state["rolled_back_in_a_row"])
         self._harm_steps = int(state["harm_steps"])
         self._gains, self._kept = list(state.get("gains", ())), None
+        if self._best is not None:
+            best = state.get("best")
+            self._best.best = Level(*best) if best else None
         self._clock = None
         self._counts = Counter(state["counts"])
         if state["mode"] == "off" and self.mode != "off":
@@ -630,6 +635,10 @@ class Handle:
         total, trial = self._cadence.total_steps, self._trial_settings
         if total is not None and self.step + (trial.window if trial else 1) > total:
             return "the training ends before the nowcast could prove itself"
+        if self._best is not None:
+            self._losses.read(block=True)
+            if self._best.left(self._losses.trace.between(self._trend_from(), self.step - 1)[1]):
+                return "the loss is above the best it has been: nowcasts wait until it is back"
         return ""
 
     def _rate(self) -> float | None:

@@ -6,6 +6,9 @@ loss, and gives a level that is still falling fast enough the benefit of the dou
 trend downwards: a training curve is convex, a straight line through it promises too much, and a nowcast that merely did
 not hurt would be undone. What a wrong "keep" can cost is bounded by the same rule: the kept weights are, within the
 noise, no worse than those of one reference window earlier.
+
+Within the noise many of them may still add up to a drift no single verdict sees. `BestLevel` does: no nowcast is asked
+for while the loss lies above the best it has been, so what nowcasts cost in all is bounded, too.
 """
 
 from __future__ import annotations
@@ -120,6 +123,51 @@ def slope(steps: Floats, losses: Floats, sigma: float) -> tuple[float, float]:
     if spread == 0.0:
         return 0.0, math.inf
     return float((centred * losses).sum() / spread), sigma / math.sqrt(spread)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where the loss was over a stretch of steps.
+
+    Attributes:
+        mean: Of the losses, without outliers.
+        error: Its standard error under the noise of the loss.
+    """
+
+    mean: float
+    error: float
+
+
+class BestLevel:
+    """The lowest level the loss has had, and whether it still has it.
+
+    Args:
+        settings: What counts as level with it.
+
+    Attributes:
+        best: The lowest level so far; None before the first.
+    """
+
+    def __init__(self, settings: TrialSettings) -> None:
+        self._settings = settings
+        self.best: Level | None = None
+
+    def left(self, losses: Floats) -> bool:
+        """Whether the loss now lies above the best it has been, by more than its noise.
+
+        Args:
+            losses: (n,) those of the newest stretch in which nothing but training moved them; stretches should be
+                about equally long, so that a falling loss falls from one to the next. Too few say nothing.
+        """
+        losses = losses[np.isfinite(losses)]
+        if losses.size < self._settings.min_reference:
+            return False
+        now = Level(trimmed_mean(losses), noise(losses) / math.sqrt(losses.size))
+        if self.best is None or now.mean <= self.best.mean:
+            self.best = now
+            return False
+        tolerance = self._settings.z * math.hypot(now.error, self.best.error)
+        return now.mean > self.best.mean + tolerance + self._settings.margin * abs(self.best.mean)
 
 
 def hopeless(losses: Floats) -> bool:

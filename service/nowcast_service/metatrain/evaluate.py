@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, Literal, Protocol
 
 import torch
@@ -60,7 +61,8 @@ class Arm(BaseModel):
         lr_gate: No nowcast while the rate is below this fraction of its peak.
         stop_at: No nowcast after this fraction of the run.
         moments: Whether the optimizer's state is kept or reset at a nowcast.
-        verdict: ``always`` keep a nowcast, or ``trial``: undo it when the loss does not come back.
+        verdict: ``always`` keep a nowcast, or ``trial``: undo it when the loss does not come back, and make none while
+            the loss is above the best it has been.
         outer_lr: SNOO's outer learning rate.
         outer_momentum: SNOO's momentum.
     """
@@ -187,7 +189,9 @@ def run(
     snapshots: deque[dict[str, Tensor]] = deque(maxlen=CONTEXT)
     state: State = {}
     trial: _Trial | None = None
+    best = _Best() if arm.verdict == "trial" else None
     recent: deque[float] = deque(maxlen=WINDOW)
+    settled: deque[float] = deque(maxlen=max(1, arm.period // 2))
     tail: deque[float] = deque(maxlen=max(1, steps // 20))
     curve: list[tuple[int, float, float]] = []
     made = kept = 0
@@ -206,6 +210,7 @@ def run(
         optimizer.step()
         value = float(loss.detach())
         recent.append(value)
+        settled.append(value)
         tail.append(value)
         training_seconds += time.perf_counter() - began
         if predict is not None:
@@ -217,10 +222,12 @@ def run(
                     snapshots.clear()
                     state = {}
                 trial = None
+                settled.clear()
             if step % stride == 0:
                 snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
             gated = fraction < arm.lr_gate or step > arm.stop_at * steps
-            if step % arm.period == 0 and len(snapshots) == CONTEXT and not gated and trial is None:
+            due = step % arm.period == 0 and len(snapshots) == CONTEXT and not gated and trial is None
+            if due and not (best is not None and best.left(list(settled))):
                 k = horizon_at(step - 1, horizons, arm.period)
                 if arm.verdict == "trial":
                     trial = _Trial(list(recent), model, optimizer)
@@ -310,15 +317,40 @@ class _Trial:
         if len(self._after) < WINDOW:
             return None
         end = self._after[WINDOW * 3 // 5 :]
-        gaps = sorted(abs(b - a) for a, b in itertools.pairwise(self._before))
-        noise = 1.4826 * gaps[len(gaps) // 2] / math.sqrt(2) if gaps else 0.0
-        error = noise * math.sqrt(1 / len(end) + 1 / max(1, len(self._before)))
-        return sum(end) / len(end) <= sum(self._before) / len(self._before) + 3 * error
+        error = _noise(self._before) * math.sqrt(1 / len(end) + 1 / max(1, len(self._before)))
+        return fmean(end) <= fmean(self._before) + 3 * error
 
     def undo(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Back to the weights and the optimizer's state from before the nowcast."""
         model.load_state_dict(self._weights)
         optimizer.load_state_dict(self._optimizer)
+
+
+class _Best:
+    """The client's other rule: no nowcast while the loss lies above the best it has been, by more than its noise."""
+
+    def __init__(self) -> None:
+        self._best: tuple[float, float] | None = None
+
+    def left(self, losses: list[float]) -> bool:
+        """Whether it does.
+
+        Args:
+            losses: Of half a period, or since the last verdict where that is later; fewer than 8 say nothing.
+        """
+        if len(losses) < 8:
+            return False
+        level, error = fmean(losses), _noise(losses) / math.sqrt(len(losses))
+        if self._best is None or level <= self._best[0]:
+            self._best = level, error
+            return False
+        return level > self._best[0] + 3 * math.hypot(error, self._best[1]) + 0.005 * abs(self._best[0])
+
+
+def _noise(losses: list[float]) -> float:
+    """Standard deviation of the noise between neighbouring steps, blind to their trend."""
+    gaps = [abs(b - a) for a, b in itertools.pairwise(losses)]
+    return 1.4826 * median(gaps) / math.sqrt(2) if gaps else 0.0
 
 
 def _batches(task: Task, data: Images | Text, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -190,6 +190,49 @@ def test_good_patch_is_kept() -> None:
     assert training.handle.summary()["harm_steps"] == 0
 
 
+class Drift:
+    """A loss of 1 that every nowcast raises by a little, and that falls back once `recovers` is set."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.recovers = False
+
+    def __call__(self, step: int, loss: float) -> float:
+        patched = self._training.kinds().count("patched")
+        ripple = 0.02 * (step % 2)
+        return 1.0 + ripple + (0.0 if self.recovers else 0.004 * patched)
+
+
+def test_a_drift_of_small_harms_holds_nowcasts_back_until_the_loss_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    service = FakeService(nothing)
+    training = Training(service)
+    drift = Drift(training)
+    with caplog.at_level(logging.WARNING, "nowcast"):
+        training.run(1000, loss_of=drift)
+    patched = training.kinds().count("patched")
+    assert patched == training.kinds().count("kept")  # no verdict saw anything
+    assert 2 <= patched <= 8
+    held = {reason: n for reason, n in training.handle.summary()["skipped"].items() if "best it has been" in reason}
+    assert sum(held.values()) >= 10
+    assert sum("best it has been" in record.message for record in caplog.records) == 1
+
+    resumed = Training(FakeService(nothing))
+    resumed.handle.load_state_dict(training.handle.state_dict())
+    level = 0.004 * patched
+    resumed.run(100, loss_of=lambda step, loss: 1.0 + 0.02 * (step % 2) + level)
+    assert "patched" not in resumed.kinds()
+
+    drift.recovers = True
+    training.run(100, loss_of=drift)
+    assert training.kinds().count("patched") == patched + 2
+
+
+def test_without_a_trial_a_drift_is_no_reason_to_wait() -> None:
+    training = Training(FakeService(nothing), trial=False)
+    training.run(500, loss_of=Drift(training))
+    assert training.kinds().count("patched") == 10
+
+
 def harmful(history: Sequence[Mapping[str, np.ndarray]], k: int) -> Mapping[str, np.ndarray]:
     rng = np.random.default_rng(0)
     norms = {n: np.linalg.norm(history[-1][n] - history[-2][n]) for n in history[-1]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nowcast_client.trial import LossTrace, TrialSettings, Verdict, hopeless, judge, noise
+from nowcast_client.trial import BestLevel, LossTrace, TrialSettings, Verdict, hopeless, judge, noise
 
 DRAWS = 300
 
@@ -133,3 +133,41 @@ def test_reports_for_one_step_are_averaged_and_old_ones_forgotten() -> None:
     steps, losses = trace.between(0, 10)
     assert steps.tolist() == [2, 3, 4]
     assert losses.tolist() == [2.0, 5.0, 7.0]
+
+
+def held(levels: np.ndarray, seed: int, *, sigma: float = 0.1, size: int = 100) -> list[bool]:
+    """Whether nowcasts would be held back after each stretch of losses around one of these levels."""
+    rng = np.random.default_rng(seed)
+    best = BestLevel(TrialSettings())
+    return [best.left(level + rng.normal(0, sigma, size)) for level in levels]
+
+
+def test_a_drift_that_no_verdict_sees_ends_nowcasts() -> None:
+    """Every nowcast costs half of what its own verdict would let pass."""
+    drift = np.concatenate((np.linspace(2.0, 1.0, 10), 1.0 + 0.02 * np.arange(1, 40)))
+    assert kept(np.full(50, 0.02), 0.1) >= 0.95
+    for seed in range(20):
+        waits = held(drift, seed)
+        assert not any(waits[:10])
+        first = waits.index(True)
+        assert drift[first] <= 1.1
+        assert all(waits[first + 3 :])
+
+
+def test_nowcasts_go_on_once_the_loss_is_back() -> None:
+    assert held(np.array([1.5, 1.0, 1.4, 1.2, 1.0, 0.9]), 0) == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("end", [2.0, 1.9, 0.5])
+def test_a_loss_that_falls_or_stays_holds_nothing_back(end: float) -> None:
+    waits = [held(np.linspace(2.0, end, 50), seed) for seed in range(40)]
+    assert np.mean(waits) <= 0.02
+
+
+def test_too_few_losses_hold_nothing_back_and_leave_no_mark() -> None:
+    best = BestLevel(TrialSettings())
+    assert not best.left(np.array([0.1, 0.1]))
+    assert not best.left(np.array([np.nan] * 20))
+    assert best.best is None
+    assert not best.left(np.array([1.0] * 20 + [np.nan, 1e9]))
+    assert best.left(np.full(20, 1.02))

@@ -74,6 +74,27 @@ def test_a_harmful_nowcast_is_undone_on_trial_and_only_then() -> None:
     assert undone["final"] < 1.5 * plain["final"]
 
 
+class Creeping(Harmful):
+    """Makes an untrained network a little surer of its guesses at every nowcast."""
+
+    def __call__(
+        self, spec: ArchitectureSpec, snapshots: list[dict[str, Tensor]], k: int, state: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.asked.append(k)
+        return {name: 1.03 * tensor for name, tensor in snapshots[-1].items()}, state
+
+
+def test_harm_too_small_for_any_verdict_ends_nowcasts_on_trial() -> None:
+    data, always, trial = load("digits"), Creeping(), Creeping()
+    drifted = run(TASK, Arm(lr=1e-7, predictor="linear", period=60), 1, data, always, steps=1800)
+    halted = run(TASK, Arm(lr=1e-7, predictor="linear", period=60, verdict="trial"), 1, data, trial, steps=1800)
+    plain = run(TASK, Arm(lr=1e-7), 1, data, None, steps=60)
+    assert drifted["nowcasts"] == 30
+    assert halted["kept"] >= halted["nowcasts"] - 1
+    assert 2 <= halted["nowcasts"] <= 25
+    assert halted["train_loss"] - plain["train_loss"] < 0.3 * (drifted["train_loss"] - plain["train_loss"])
+
+
 def test_a_good_nowcast_stays_on_trial() -> None:
     line = run(
         TASK,
