@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nowcast_service.history import History
+from nowcast_service.memory import Peak
 from nowcast_service.metatrain.collect import learning_rate
 from nowcast_service.metatrain.data import Images, Text, load
 from nowcast_service.metatrain.errors import InvalidRecipe
@@ -177,7 +178,8 @@ def run(
 
     Returns:
         The JSON line: arm, curve of (step, metric, training seconds with nowcasts), final metric and loss, nowcasts
-        made and kept, seconds of training and of nowcasts.
+        made and kept, seconds of training and of nowcasts, and the bytes of host memory (on CUDA: of the device) that
+        five snapshots and the largest nowcast took; a server's are its own and do not count.
     """
     steps = steps or task.steps
     torch.manual_seed(seed)
@@ -196,6 +198,7 @@ def run(
     curve: list[tuple[int, float, float]] = []
     made = kept = 0
     nowcast_seconds = training_seconds = 0.0
+    peak = Peak(device)
     stream = _batches(task, data, seed)
     for step in range(1, steps + 1):
         inputs, targets = next(stream)
@@ -231,7 +234,9 @@ def run(
                 k = horizon_at(step - 1, horizons, arm.period)
                 if arm.verdict == "trial":
                     trial = _Trial(list(recent), model, optimizer)
-                if _apply(model, spec, list(snapshots), k, state, predict):
+                with peak.measured():
+                    applied = _apply(model, spec, list(snapshots), k, state, predict)
+                if applied:
                     made += 1
                     kept += trial is None
                     if arm.moments == "reset":
@@ -264,8 +269,13 @@ def run(
         "kept": int(kept),
         "training_seconds": round(training_seconds, 4),
         "nowcast_seconds": round(nowcast_seconds, 4),
+        "nowcast_bytes": None if peak.nbytes is None else peak.nbytes + CONTEXT * _parameter_bytes(model),
         "machine": f"{platform.machine()} {torch.get_num_threads()} threads {device}",
     }
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _optimizer(arm: Arm, model: nn.Module) -> torch.optim.Optimizer:

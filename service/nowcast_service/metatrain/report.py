@@ -33,6 +33,7 @@ COLUMNS = (
     "train loss",
     "kept",
     "nowcast time",
+    "nowcast memory",
     "p",
 )
 
@@ -54,6 +55,7 @@ class Row:
         kept: Share of nowcasts kept; None where none was made.
         p_value: Paired over seeds against tuned AdamW, final metric; None for AdamW itself or a single seed.
         nowcast_share: Nowcast time over training time.
+        nowcast_bytes: Most memory that snapshots and a nowcast took; None where none of the runs measured it.
     """
 
     arm: Arm
@@ -67,6 +69,7 @@ class Row:
     kept: float | None
     p_value: float | None
     nowcast_share: float
+    nowcast_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: flo
         kept=sum(run["kept"] for run in group) / made if made else None,
         p_value=None if group[0]["arm"] == tuned[0]["arm"] else paired_p(group, tuned),
         nowcast_share=sum(r["nowcast_seconds"] for r in group) / max(1e-9, sum(r["training_seconds"] for r in group)),
+        nowcast_bytes=max((n for r in group if (n := r.get("nowcast_bytes")) is not None), default=None),
     )
 
 
@@ -250,6 +254,7 @@ def _line(row: Row, report: TaskReport) -> str:
         f"{statistics.median(run['train_loss'] for run in row.runs):.4g}",
         "" if row.kept is None else f"{100 * row.kept:.0f} %",
         "" if row.kept is None else f"{100 * row.nowcast_share:.1f} %",
+        "" if row.nowcast_bytes is None else f"{row.nowcast_bytes / 1e6:.1f} MB",
         "" if row.p_value is None else f"{row.p_value:.3g}",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nowcast_proto.errors import UnreadableFile
@@ -105,6 +107,31 @@ def test_a_good_nowcast_stays_on_trial() -> None:
         steps=160,
     )
     assert line["kept"] == line["nowcasts"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak")
+def test_memory_of_nowcasts_is_measured_and_reported() -> None:
+    class Hungry(Harmful):
+        def __call__(self, spec: Any, snapshots: Any, k: int, state: Any) -> Any:
+            np.ones(8_000_000)  # 64 MB, and gone again
+            return super().__call__(spec, snapshots, k, state)
+
+    data = load("digits")
+    lines = [
+        run(TASK, Arm(predictor="linear", period=20), 1, data, Hungry(), steps=60),
+        run(TASK, Arm(predictor="lawa", period=20), 1, data, Local(make_predictor("lawa")), steps=60),
+        run(TASK, Arm(), 1, data, None, steps=60),
+    ]
+    hungry, lawa, none = (line["nowcast_bytes"] for line in lines)
+    assert 60e6 <= hungry < 80e6
+    snapshots = 5 * 4 * TASK.arch.spec().numel
+    assert snapshots <= lawa < 16e6
+    assert none is None
+    for line in lines[1:]:
+        del line["nowcast_bytes"]  # as in files from before it was measured
+    table = markdown(reports(lines))
+    assert f"| {hungry / 1e6:.1f} MB |" in table
+    assert table.count(" MB |") == 1
 
 
 def test_results_are_resumed_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
