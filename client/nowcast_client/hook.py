@@ -49,7 +49,7 @@ from nowcast_client.session import Session, mint
 from nowcast_client.snapshot import Ring, Slot
 from nowcast_client.spec import derive_spec
 from nowcast_client.transport import HttpTransport, Retry, Transport
-from nowcast_client.trial import BestLevel, Level, LossTrace, TrialSettings, Verdict, judge
+from nowcast_client.trial import BestLevel, LossTrace, TrialSettings, Verdict, judge
 from nowcast_client.uploader import Arrived, Failed, Uploaded, Uploader, Window
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ class Handle:
             "rolled_back_in_a_row": self._rolled_back_in_a_row,
             "harm_steps": self._harm_steps,
             "gains": self._gained(),
-            "best": [self._best.best.mean, self._best.best.error] if self._best and self._best.best else None,
+            "best": self._best.state_dict() if self._best is not None else None,
             "counts": dict(self._counts),
         }
 
@@ -385,8 +385,7 @@ class Handle:
         self._harm_steps = int(state["harm_steps"])
         self._gains, self._kept = list(state.get("gains", ())), None
         if self._best is not None:
-            best = state.get("best")
-            self._best.best = Level(*best) if best else None
+            self._best.load_state_dict(state.get("best") or {})
         self._clock = None
         self._counts = Counter(state["counts"])
         if state["mode"] == "off" and self.mode != "off":
@@ -637,8 +636,7 @@ class Handle:
             return "the training ends before the nowcast could prove itself"
         if self._best is not None:
             self._losses.read(block=True)
-            if self._best.left(self._losses.trace.between(self._trend_from(), self.step - 1)[1]):
-                return "the loss is above the best it has been: nowcasts wait until it is back"
+            return self._best.objection(self._losses.trace.between(self._trend_from(), self.step - 1)[1])
         return ""
 
     def _rate(self) -> float | None:
@@ -740,6 +738,8 @@ class Handle:
             self._rolled_back_in_a_row = 0
             self._kept = _Kept(trial.trend_from, trial.patched_at, self.step)
             self._counts["kept"] += 1
+            if self._best is not None:
+                self._best.kept()
             self._tell(trial.patch, "kept", verdict.reason)
             self._emit("kept", of=trial.patch.step, **_told(verdict))
         else:

@@ -7,16 +7,19 @@ trend downwards: a training curve is convex, a straight line through it promises
 not hurt would be undone. What a wrong "keep" can cost is bounded by the same rule: the kept weights are, within the
 noise, no worse than those of one reference window earlier.
 
-Within the noise many of them may still add up to a drift no single verdict sees. `BestLevel` does: no nowcast is asked
-for while the loss lies above the best it has been, so what nowcasts cost in all is bounded, too.
+Within the noise many of them may still add up to a drift no single verdict sees, or take back what training makes good
+between them. `BestLevel` sees both: no nowcast is asked for while the loss lies above the best it has been, nor after
+three that brought nothing better.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,8 @@ class TrialSettings:
         margin: Part of the expectation the level may lie above it besides, for losses without noise.
         min_reference: Reported losses needed before the nowcast; with fewer nothing is patched.
         min_tail: Reported losses needed at the window's end; with fewer the patch is undone.
+        patience: Kept nowcasts in a row that may bring no lower loss than the lowest before, until they pause; one less
+            after every pause.
     """
 
     window: int = 50
@@ -47,6 +52,7 @@ class TrialSettings:
     margin: float = 0.005
     min_reference: int = 8
     min_tail: int = 3
+    patience: int = 3
 
 
 @dataclass(frozen=True)
@@ -139,21 +145,29 @@ class Level:
 
 
 class BestLevel:
-    """The lowest level the loss has had, and whether it still has it.
+    """The lowest level the loss has had, and whether nowcasts are still good for a lower one.
 
     Args:
         settings: What counts as level with it.
 
     Attributes:
         best: The lowest level so far; None before the first.
+        nowcasts: Those that were kept since.
+        pauses: Times nowcasts were found to bring nothing.
+        pause: Lower levels that training alone has to bring before the next nowcast: one the first time, then two, four …
     """
 
     def __init__(self, settings: TrialSettings) -> None:
         self._settings = settings
         self.best: Level | None = None
+        self.nowcasts = self.pauses = self.pause = 0
 
-    def left(self, losses: Floats) -> bool:
-        """Whether the loss now lies above the best it has been, by more than its noise.
+    def kept(self) -> None:
+        """Another nowcast was kept."""
+        self.nowcasts += 1
+
+    def objection(self, losses: Floats) -> str:
+        """Why no nowcast should be made now; empty where nothing speaks against one.
 
         Args:
             losses: (n,) those of the newest stretch in which nothing but training moved them; stretches should be
@@ -161,13 +175,30 @@ class BestLevel:
         """
         losses = losses[np.isfinite(losses)]
         if losses.size < self._settings.min_reference:
-            return False
+            return ""
         now = Level(trimmed_mean(losses), noise(losses) / math.sqrt(losses.size))
         if self.best is None or now.mean <= self.best.mean:
-            self.best = now
-            return False
+            self.best, self.nowcasts, self.pause = now, 0, max(0, self.pause - 1)
+        elif self.pause == 0 and self.nowcasts >= max(1, self._settings.patience - self.pauses):
+            self.pause = 2**self.pauses
+            self.pauses += 1
+        if self.pause:
+            return "nowcasts have brought no better loss lately: they wait until training alone brings one"
         tolerance = self._settings.z * math.hypot(now.error, self.best.error)
-        return now.mean > self.best.mean + tolerance + self._settings.margin * abs(self.best.mean)
+        if now.mean > self.best.mean + tolerance + self._settings.margin * abs(self.best.mean):
+            return "the loss is above the best it has been: nowcasts wait until it is back"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for `load_state_dict`."""
+        level = list(astuple(self.best)) if self.best else None
+        return {"best": level, "nowcasts": self.nowcasts, "pauses": self.pauses, "pause": self.pause}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another left off; from the beginning where the state is empty."""
+        level = state.get("best")
+        self.best = Level(*level) if level else None
+        self.nowcasts, self.pauses, self.pause = (int(state.get(n, 0)) for n in ("nowcasts", "pauses", "pause"))
 
 
 def hopeless(losses: Floats) -> bool:

@@ -63,7 +63,7 @@ class Arm(BaseModel):
         stop_at: No nowcast after this fraction of the run.
         moments: Whether the optimizer's state is kept or reset at a nowcast.
         verdict: ``always`` keep a nowcast, or ``trial``: undo it when the loss does not come back, and make none while
-            the loss is above the best it has been.
+            the loss is above the best it has been, or for a while after three that brought nothing better.
         outer_lr: SNOO's outer learning rate.
         outer_momentum: SNOO's momentum.
     """
@@ -220,6 +220,8 @@ def run(
             began = time.perf_counter()
             if trial is not None and (verdict := trial.observe(value)) is not None:
                 kept += verdict
+                if verdict and best is not None:
+                    best.kept += 1
                 if not verdict:
                     trial.undo(model, optimizer)
                     snapshots.clear()
@@ -230,7 +232,7 @@ def run(
                 snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
             gated = fraction < arm.lr_gate or step > arm.stop_at * steps
             due = step % arm.period == 0 and len(snapshots) == CONTEXT and not gated and trial is None
-            if due and not (best is not None and best.left(list(settled))):
+            if due and not (best is not None and best.objects(list(settled))):
                 k = horizon_at(step - 1, horizons, arm.period)
                 if arm.verdict == "trial":
                     trial = _Trial(list(recent), model, optimizer)
@@ -337,13 +339,16 @@ class _Trial:
 
 
 class _Best:
-    """The client's other rule: no nowcast while the loss lies above the best it has been, by more than its noise."""
+    """The client's other rule: no nowcast while the loss lies above the best it has been, by more than its noise; and
+    when three kept ones brought nothing better, a pause until training alone has, twice as long every time."""
 
     def __init__(self) -> None:
         self._best: tuple[float, float] | None = None
+        self._pauses = self._pause = 0
+        self.kept = 0
 
-    def left(self, losses: list[float]) -> bool:
-        """Whether it does.
+    def objects(self, losses: list[float]) -> bool:
+        """Whether no nowcast should be made now.
 
         Args:
             losses: Of half a period, or since the last verdict where that is later; fewer than 8 say nothing.
@@ -352,9 +357,12 @@ class _Best:
             return False
         level, error = fmean(losses), _noise(losses) / math.sqrt(len(losses))
         if self._best is None or level <= self._best[0]:
-            self._best = level, error
-            return False
-        return level > self._best[0] + 3 * math.hypot(error, self._best[1]) + 0.005 * abs(self._best[0])
+            self._best, self.kept, self._pause = (level, error), 0, max(0, self._pause - 1)
+        elif self._pause == 0 and self.kept >= max(1, 3 - self._pauses):
+            self._pause = 2**self._pauses
+            self._pauses += 1
+        allowed = 3 * math.hypot(error, self._best[1]) + 0.005 * abs(self._best[0])
+        return self._pause > 0 or level > self._best[0] + allowed
 
 
 def _noise(losses: list[float]) -> float:
