@@ -154,7 +154,7 @@ class BestLevel:
         best: The lowest level so far; None before the first.
         nowcasts: Those that were kept since.
         pauses: Times nowcasts were found to bring nothing.
-        pause: Lower levels that training alone has to bring before the next nowcast: one the first time, then two, four …
+        pause: Lower levels training alone has to bring before the next nowcast: one the first time, then two, four …
     """
 
     def __init__(self, settings: TrialSettings) -> None:

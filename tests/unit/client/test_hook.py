@@ -203,7 +203,8 @@ class Drift:
 
 
 @pytest.mark.parametrize(
-    ("by", "most", "reason"), [(0.004, 4, "have brought no better loss lately"), (0.0125, 3, "above the best it has been")]
+    ("by", "most", "reason"),
+    [(0.004, 4, "brought no better loss lately"), (0.0125, 3, "above the best it has been")],
 )
 def test_a_drift_of_small_harms_holds_nowcasts_back_until_the_loss_is_back(
     by: float, most: int, reason: str, caplog: pytest.LogCaptureFixture
