@@ -24,25 +24,19 @@ for part in "$@"; do
     llama-code-rivals) run llama-code text-rivals 5 600 ;;
     llama-code-previous) run llama-code text-previous 5 600 ;;
     vit-adamw) run vit vit-adamw 5 600 ;;
-    vit-previous) run vit vit-previous 5 600 ;;
     vit-rivals) run vit vit-rivals 5 600 ;;
     half-24-adamw) run half-24 wide-adamw 5 1000 ;;
     half-24-rivals) run half-24 wide-rivals 5 1000 ;;
-    half-24-previous) run half-24 image-previous 5 1000 ;;
     short-adamw) run c10-16 short-adamw 3 2000 ;;
-    short-previous) run c10-16 short-previous 3 2000 ;;
     short-rivals) run c10-16 short-rivals 3 2000 ;;
     large-adamw) run c10-32 large-adamw 2 2000 ;;
     large-rivals) run c10-32 large-rivals 2 2000 ;;
-    sweep-adamw) run half-16 sweep-adamw 3 1000 ;;
-    sweep-rivals) run half-16 sweep-rivals 3 1000 ;;
-    sweep-previous) run half-16 sweep-previous 3 1000 ;;
     many-adamw) run half-16 many-adamw 3 4000 ;;
     many-rivals) run half-16 many-rivals 3 4000 ;;
-    many-previous) run half-16 many-previous 3 4000 ;;
+    sweep-adamw) run half-16 sweep-adamw 3 1000 ;;
+    sweep-rivals) run half-16 sweep-rivals 3 1000 ;;
     reproduction-nino) run c10-16 reproduction-nino 5 10000 --until-target ;;
     reproduction-adamw) run c10-16 reproduction-adamw 5 10000 --until-target ;;
-    reproduction-previous) run c10-16 reproduction-previous 3 10000 --until-target ;;
     # ours
     half-16-ours) run half-16 image-ours 5 1000 ;;
     half-16-bn-ours) run half-16-bn image-ours 5 1000 ;;
@@ -51,10 +45,18 @@ for part in "$@"; do
     llama-code-ours) run llama-code text-ours 5 600 ;;
     vit-ours) run vit vit-ours 5 600 ;;
     short-ours) run c10-16 short-ours 3 2000 ;;
-    large-ours) run c10-32 large-ours 2 2000 ;;
     sweep-ours) run half-16 sweep-ours 3 1000 ;;
     reproduction-ours) run c10-16 reproduction-ours 5 10000 --until-target ;;
+    # the same on trial, as attach makes them
+    half-16-trial) run half-16 image-trial 5 1000 ;;
+    half-16-bn-trial) run half-16-bn image-trial 5 1000 ;;
+    half-24-trial) run half-24 image-trial 5 1000 ;;
+    gpt2-code-trial) run gpt2-code text-trial 5 600 ;;
+    llama-code-trial) run llama-code text-trial 5 600 ;;
+    vit-trial) run vit vit-trial 5 600 ;;
+    short-trial) run c10-16 short-trial 3 2000 ;;
     many-ours) run half-16 many-ours 3 4000 ;;
+    large-ours) run c10-32 large-ours 2 2000 ;;
     reproduction-trial) run c10-16 reproduction-trial 5 10000 --until-target ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 5 1000 ;;

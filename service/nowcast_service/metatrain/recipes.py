@@ -205,10 +205,6 @@ def _refine() -> Recipe:
             text(_gpt2(2, 24, 3, 128, 32), "headers", **steep),
             images(_conv(12, 12, 24, 24)),
             images(_mlp(48, 24, source="cifar10")),
-            text(_gpt2(2, 24, 3, context=32), "shakespeare", models=3, batch=32),
-            images(_conv(8, 16, 16, size=32), models=2, batch=64),
-            text(_llama(2, 16, 4, 2, 128, 32), "headers", models=3, batch=32, lr=(5e-4, 4e-3)),
-            images(_conv(12, 24, 24), models=2, batch=128, lr=(5e-4, 6e-3)),
         )
     )
 

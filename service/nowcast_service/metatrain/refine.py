@@ -83,7 +83,7 @@ class RefineConfig:
         updates: Steps of the network; each is one nowcast of every training of every episode.
         episodes: Groups that are trained beside each other; a step of the network averages over them.
         periods: Steps between nowcasts an episode may have, multiples of five.
-        nowcasts: Fewest and most nowcasts of a training, drawn log-uniformly. Its horizons decay as inference's do.
+        nowcasts: Fewest and most nowcasts of a training. Its horizons decay as inference's do.
         farthest: Horizon of a training's first nowcast, in strides.
         settle: Share of a period that is left to recovery before gradients and losses count.
         apart: How much farther, and less far, than predicted the two of a pair jump, as a share.
@@ -99,8 +99,8 @@ class RefineConfig:
     updates: int = 360
     episodes: int = 8
     periods: tuple[int, ...] = (100, 160, 240)
-    nowcasts: tuple[int, int] = (5, 50)
-    farthest: int = 20
+    nowcasts: tuple[int, int] = (5, 12)
+    farthest: int = 40
     settle: float = 0.5
     apart: float = 0.4
     lr: float = 1e-3
@@ -146,8 +146,7 @@ class Episode:
         self._trainings = draw_trainings(group, key, config.seed)
         draw = np.random.default_rng([config.seed, *key.encode()])
         self.period = int(draw.choice(config.periods))
-        fewest, most = config.nowcasts
-        count = round(math.exp(draw.uniform(math.log(fewest), math.log(most))))
+        count = int(draw.integers(config.nowcasts[0], config.nowcasts[1] + 1))
         # The first period is not nowcast: it gives the first snapshots.
         self._periods = count + 1
         self._horizons = horizon_schedule(self.period * count, self.period, farthest=config.farthest)
