@@ -1001,8 +1001,8 @@ def attach(
         cadence = Cadence(every, context, total_steps, max_horizon)
         if total_steps is not None and total_steps // every > MANY_NOWCASTS and checkpoint is predictor is None:
             log.warning(
-                "period=%d makes %d nowcasts in %d steps; the shipped weights gained with up to %d and harmed with 50: "
-                "a longer period, or a checkpoint that is meant for more, is safer",
+                "period=%d makes %d nowcasts in %d steps; the shipped weights gained with up to %d and gained nothing "
+                "with 50: a longer period, or a checkpoint that is meant for more, is safer",
                 *(every, total_steps // every, total_steps, MANY_NOWCASTS),
             )
         settings = _trial_settings(trial, every)

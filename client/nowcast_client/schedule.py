@@ -20,8 +20,8 @@ SHORTEST_PERIOD, LONGEST_PERIOD = 100, 1000
 """Between which the default period lies: at half the shortest nowcasts harmed text and gained nothing on images in
 ``docs/results.md``; the longest is the published one."""
 MANY_NOWCASTS = 20
-"""More in one training is beyond what the shipped weights were refined on (12) and measured to gain with (19); 50,
-every 200 steps of 10,000, ruined a run in ``docs/results.md``."""
+"""More in one training is beyond what the shipped weights were refined on (12) and measured to gain with (19); 50
+ruined runs in ``docs/results.md`` where all were kept, and gained nothing on trial."""
 
 
 def default_period(total_steps: int | None, context: int) -> int:
