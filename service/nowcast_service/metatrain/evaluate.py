@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 CONTEXT = 5
 WINDOW = 50
-"""Steps of the recovery window: a good nowcast is back on trend after 20 to 30 steps and ahead by 50."""
+"""Most steps of the recovery window, which is a third of the period at most, as in the client: a good nowcast is back on
+trend after 20 to 30 steps and ahead by 50."""
 
 
 class Arm(BaseModel):
@@ -235,7 +236,7 @@ def run(
             if due and not (best is not None and best.objects(list(settled))):
                 k = horizon_at(step - 1, horizons, arm.period)
                 if arm.verdict == "trial":
-                    trial = _Trial(list(recent), model, optimizer)
+                    trial = _Trial(list(recent), model, optimizer, max(1, min(WINDOW, arm.period // 3)))
                 with peak.measured():
                     applied = _apply(model, spec, list(snapshots), k, state, predict)
                 if applied:
@@ -315,8 +316,10 @@ class _Trial:
     errors of the noise between neighbouring steps.
     """
 
-    def __init__(self, before: list[float], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._before = before
+    def __init__(
+        self, before: list[float], model: nn.Module, optimizer: torch.optim.Optimizer, window: int = WINDOW
+    ) -> None:
+        self._before, self._window = before, window
         self._weights = copy.deepcopy(model.state_dict())
         self._optimizer = copy.deepcopy(optimizer.state_dict())
         self._after: list[float] = []
@@ -326,9 +329,9 @@ class _Trial:
         self._after.append(loss)
         if not math.isfinite(loss):
             return False
-        if len(self._after) < WINDOW:
+        if len(self._after) < self._window:
             return None
-        end = self._after[WINDOW * 3 // 5 :]
+        end = self._after[self._window * 3 // 5 :]
         error = _noise(self._before) * math.sqrt(1 / len(end) + 1 / max(1, len(self._before)))
         return fmean(end) <= fmean(self._before) + 3 * error
 
