@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 CONTEXT = 5
 WINDOW = 50
-"""Most steps of the recovery window, which is a third of the period at most, as in the client: a good nowcast is back on
-trend after 20 to 30 steps and ahead by 50."""
+"""Most steps of the recovery window, which is no longer than a third of the period, as in the client: a good nowcast is
+back on trend after 20 to 30 steps and ahead by 50."""
 
 
 class Arm(BaseModel):
