@@ -316,9 +316,7 @@ class _Trial:
     errors of the noise between neighbouring steps.
     """
 
-    def __init__(
-        self, before: list[float], model: nn.Module, optimizer: torch.optim.Optimizer, window: int = WINDOW
-    ) -> None:
+    def __init__(self, before: list[float], model: nn.Module, optimizer: torch.optim.Optimizer, window: int) -> None:
         self._before, self._window = before, window
         self._weights = copy.deepcopy(model.state_dict())
         self._optimizer = copy.deepcopy(optimizer.state_dict())

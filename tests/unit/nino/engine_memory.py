@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+from nowcast_service.memory import Peak
 from nowcast_service.nino.engine import ExactEngine
 
 from .random_graphs import random_checkpoint, random_graph, random_history, random_positions
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def main(budget: int) -> None:
@@ -23,11 +17,10 @@ def main(budget: int) -> None:
     engine = ExactEngine(checkpoint, memory_budget=budget, threads=2)
     small = random_graph(1)
     engine.predict(small, random_history(small.spec), [1], positions=random_positions(small))  # load the libraries
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = status("VmRSS")
-    result = engine.predict(graph, history, [1], positions=positions)[0]
-    grown = status("VmHWM") - before
-    sys.stdout.write(f"{grown} {sum(t.numel() * 4 for t in result.values())}\n")
+    peak = Peak()
+    with peak.measured():
+        result = engine.predict(graph, history, [1], positions=positions)[0]
+    sys.stdout.write(f"{peak.nbytes} {sum(t.numel() * 4 for t in result.values())}\n")
     sys.stderr.write(f"{graph.n_edges} edges\n")
 
 
