@@ -29,6 +29,10 @@ for part in "$@"; do
     half-24-rivals) run half-24 wide-rivals 5 1000 ;;
     short-adamw) run c10-16 short-adamw 3 2000 ;;
     short-rivals) run c10-16 short-rivals 3 2000 ;;
+    short-bn-adamw) run c10-16-bn short-bn-adamw 3 2000 ;;
+    short-bn-rivals) run c10-16-bn short-bn-rivals 3 2000 ;;
+    digits-adamw) run digits-mlp digits-adamw 5 600 ;;
+    digits-rivals) run digits-mlp digits-rivals 5 600 ;;
     large-adamw) run c10-32 large-adamw 2 2000 ;;
     large-rivals) run c10-32 large-rivals 2 2000 ;;
     many-adamw) run half-16 many-adamw 3 4000 ;;
@@ -55,13 +59,23 @@ for part in "$@"; do
     llama-code-trial) run llama-code text-trial 5 600 ;;
     vit-trial) run vit vit-trial 5 600 ;;
     short-trial) run c10-16 short-trial 3 2000 ;;
+    short-bn-ours) run c10-16-bn short-bn-ours 3 2000 ;;
+    digits-ours) run digits-mlp digits-ours 5 600 ;;
+    # ours and the published weights at the other rates AdamW was tried at
+    half-16-rates) run half-16 image-rates 5 1000 ;;
+    half-16-bn-rates) run half-16-bn image-rates 5 1000 ;;
+    half-24-rates) run half-24 image-rates 5 1000 ;;
+    short-rates) run c10-16 short-rates 3 2000 ;;
     many-ours) run half-16 many-ours 3 4000 ;;
     large-ours) run c10-32 large-ours 2 2000 ;;
     reproduction-trial) run c10-16 reproduction-trial 5 10000 --until-target ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 5 1000 ;;
     defaults-text) run choose-gpt2 defaults-text 5 600 ;;
-    lengths) for n in 400 2000 4000; do run choose-conv "defaults-$n" 3 "$n"; done ;;
+    lengths)
+        for n in 400 1000 2000 4000; do run choose-conv "defaults-$n" 3 "$n"; done
+        for n in 600 1200 2400; do run choose-gpt2 "defaults-text-$n" 3 "$n"; done
+        ;;
     *)
         echo "no part is called $part" >&2
         exit 1
