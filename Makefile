@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
-demo: $(STAMP) ## Train a small GPT alone and nowcast, and draw both
+demo: $(STAMP) ## Train a small network alone and nowcast, and draw both
 	@$(BIN)/nowcast demo
 
 lint: $(STAMP) ## Check style and format

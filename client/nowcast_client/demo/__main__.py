@@ -1,4 +1,4 @@
-"""``python -m nowcast_client.demo``: train a small GPT on the standard library's source, nowcast by a service or alone.
+"""``python -m nowcast_client.demo``: train a small network, nowcast by a service or alone.
 
 It is an ordinary training job; everything about nowcasting in it is the `attach` call and `handle.observe(loss)`.
 """

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from nowcast_proto.errors import UnreadableFile
 from numpy.typing import NDArray
+from torch import Tensor
+
+from nowcast_client.demo.gpt import GPT, GPTConfig
+from nowcast_client.demo.task import Task
 
 Bytes = NDArray[np.uint8]
 
@@ -17,6 +22,42 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__
 """Folders of other packages, and of tests, which some systems leave out."""
 LEAST = 1_000_000
 """Bytes of text below which a network would see everything several times."""
+HELD_OUT_WINDOWS = 256
+
+
+def code(text: Text | None = None, config: GPTConfig | None = None) -> Task:
+    """The task: a small GPT learns the next byte.
+
+    Args:
+        text: The corpus; the standard library's source by default.
+        config: Sizes of the network.
+
+    Raises:
+        UnreadableFile: See `standard_library`.
+    """
+    text, config = text or standard_library(), config or GPTConfig()
+    training, held_out = (torch.from_numpy(part.copy()) for part in (text.training, text.held_out))
+    offsets = torch.arange(config.n_positions + 1)
+
+    def windows(source: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        starts = torch.randint(0, source.numel() - offsets.numel(), (count, 1), generator=generator)
+        return source[starts + offsets].long()
+
+    return Task(
+        title="A GPT",
+        subject=f"learns the Python standard library's source ({training.numel() / 1e6:.1f} MB)",
+        unit="nats per byte",
+        model=lambda: GPT(config),
+        loss=lambda model, batch: model.loss(batch),  # type: ignore[operator]  # a GPT
+        draw=lambda count, generator: windows(training, count, generator),
+        held_out=windows(held_out, HELD_OUT_WINDOWS, torch.Generator().manual_seed(0)),
+        batch=16,
+        steps=1000,
+        rate=1.6e-2,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        clip=1.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from nowcast_proto.errors import NowcastError
-from torch import Tensor
 
-from nowcast_client.demo.gpt import GPT, GPTConfig
-from nowcast_client.demo.text import Text, standard_library
+from nowcast_client.demo.letters import letters
+from nowcast_client.demo.task import Task
+from nowcast_client.demo.text import code
 from nowcast_client.hook import Event, Mode, attach
 from nowcast_client.schedule import MAX_HORIZON
 
@@ -33,17 +33,19 @@ SMOOTHING = 0.98
 """Weight of the past in the training loss that is shown."""
 
 
+TASKS: dict[str, Callable[[], Task]] = {"letters": letters, "text": code}
+
+
 @dataclass(frozen=True)
 class Job:
     """One training.
 
     Attributes:
-        steps: Optimizer steps.
+        task: What to train, of `TASKS`.
+        steps: Optimizer steps; the task's own number when None.
         seed: Of the weights and of the order of the data.
-        rate: Peak learning rate of AdamW; warmed up, then cosine down to a tenth. By default the one at which training
-            alone did best in 1,000 steps, of 0.002, 0.004, 0.008, 0.016 and 0.032.
-        batch: Windows per step.
-        period: Steps between nowcasts.
+        rate: Peak learning rate of AdamW; the best for training alone when None.
+        period: Steps between nowcasts; `attach`'s choice when None.
         max_horizon: First and longest horizon of a nowcast, in strides of a fifth of the period.
         every: Steps between measurements of the held-out loss.
         threads: CPU threads.
@@ -52,11 +54,11 @@ class Job:
         predictor: Predictor to ask for; the service's own choice when None.
     """
 
-    steps: int = 1000
+    task: str = "letters"
+    steps: int | None = None
     seed: int = 1
-    rate: float = 1.6e-2
-    batch: int = 16
-    period: int = 100
+    rate: float | None = None
+    period: int | None = None
     max_horizon: int = MAX_HORIZON
     every: int = 25
     threads: int = 1
@@ -66,72 +68,53 @@ class Job:
 
 
 WARM_UP = 100
-HELD_OUT_WINDOWS = 256
 
 
-def learning_rate(job: Job, step: int) -> float:
-    """Rate of the given step, counted from 0: linear warm-up, then a cosine down to a tenth of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / job.steps))
-    return job.rate * min(1.0, (step + 1) / WARM_UP) * (0.1 + 0.9 * cosine)
+def share_of_peak(step: int, steps: int) -> float:
+    """Rate of a step, counted from 0, over the peak rate: linear warm-up, then half a cosine down to a tenth."""
+    return min(1.0, (step + 1) / WARM_UP) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
-class Windows:
-    """Random windows of a text, in an order its seed fixes.
-
-    Args:
-        text: (n,) bytes.
-        length: Bytes of a window.
-        seed: Of the order.
-    """
-
-    def __init__(self, text: Any, length: int, seed: int) -> None:
-        self._text = torch.from_numpy(text.copy())
-        self._offsets = torch.arange(length)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def draw(self, count: int) -> Tensor:
-        """The next (count, length) windows, int64."""
-        last = self._text.numel() - self._offsets.numel()
-        starts = torch.randint(0, last, (count, 1), generator=self._generator)
-        return self._text[starts + self._offsets].long()
-
-
-def train(job: Job, text: Text, emit: Emit, config: GPTConfig | None = None) -> float:
+def train(job: Job, emit: Emit, task: Task | None = None) -> float:
     """Run one training.
 
     Args:
         job: What to do.
-        text: The corpus.
         emit: Told of the start, of progress, of every nowcast and of the end.
-        config: Sizes of the network.
+        task: What to train, where it is not the job's.
 
     Returns:
-        Held-out loss at the end, in nats per byte.
+        Held-out loss at the end, in the task's unit.
 
     Raises:
-        NowcastError: What `attach` refuses, an address that is none say. Once training runs, none is raised.
+        NowcastError: The task's data cannot be read; what `attach` refuses, an address that is none say. Once training
+            runs, none is raised.
     """
-    config = config or GPTConfig()
+    task = task or TASKS[job.task]()
+    steps, rate = job.steps or task.steps, job.rate or task.rate
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
-    model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(job, step) / job.rate)
-    data = Windows(text.training, config.n_positions + 1, job.seed)
-    held_out = Windows(text.held_out, config.n_positions + 1, 0).draw(HELD_OUT_WINDOWS)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=task.betas, weight_decay=task.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak(step, steps))
+    order = torch.Generator().manual_seed(job.seed)
+    size = sum(p.numel() for p in model.parameters())
     emit(
         {
             "event": "start",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "training_bytes": int(text.training.size),
-            "held_out_bytes": int(text.held_out.size),
-            "files": text.files,
+            "about": f"{task.title} of {size:,} parameters {task.subject}",
+            "unit": task.unit,
+            "steps": steps,
+            "rate": rate,
         }
     )
 
     def measure() -> float:
+        model.eval()
         with torch.no_grad():
-            return model.loss(held_out).item()
+            loss = task.loss(model, task.held_out).item()
+        model.train()
+        return loss
 
     smooth, measuring, measured = math.nan, 0.0, math.nan
     with attach(
@@ -139,24 +122,25 @@ def train(job: Job, text: Text, emit: Emit, config: GPTConfig | None = None) -> 
         optimizer,
         url=job.url,
         period=job.period,
-        total_steps=job.steps,
+        total_steps=steps,
         max_horizon=job.max_horizon,
         mode=job.mode,
         predictor=job.predictor,
         on_event=lambda happened: emit(_told(happened)),
     ) as handle:
         start = time.perf_counter()
-        for step in range(1, job.steps + 1):
-            loss = model.loss(data.draw(job.batch))
+        for step in range(1, steps + 1):
+            loss = task.loss(model, task.draw(task.batch, order))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if task.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             handle.observe(loss)
             optimizer.step()
             schedule.step()
             value = loss.item()
             smooth = value if step == 1 else SMOOTHING * smooth + (1 - SMOOTHING) * value
-            if step % job.every == 0 or step == job.steps:
+            if step % job.every == 0 or step == steps:
                 # The clock stands still while the held-out loss is measured: a job would not do this so often.
                 pause = time.perf_counter()
                 measured = measure()
@@ -200,19 +184,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training from the command line; returns the exit status."""
     defaults = Job()
     parser = argparse.ArgumentParser(prog="python -m nowcast_client.demo", description=__doc__)
+    parser.add_argument("--task", choices=tuple(TASKS), default=defaults.task, help="what to train (%(default)s)")
     for name, kind, told in (
-        ("steps", int, "optimizer steps"),
-        ("seed", int, "of weights and data order"),
-        ("rate", float, "peak learning rate"),
-        ("batch", int, "windows per step"),
-        ("period", int, "steps between nowcasts"),
-        ("max-horizon", int, "longest horizon, in strides"),
-        ("every", int, "steps between measurements of the held-out loss"),
-        ("threads", int, "CPU threads"),
+        ("steps", int, "optimizer steps (default: the task's)"),
+        ("seed", int, "of weights and data order (%(default)s)"),
+        ("rate", float, "peak learning rate (default: the best for training alone)"),
+        ("period", int, "steps between nowcasts (default: by the length of the training)"),
+        ("max-horizon", int, "longest horizon, in strides (%(default)s)"),
+        ("every", int, "steps between measurements of the held-out loss (%(default)s)"),
+        ("threads", int, "CPU threads (%(default)s)"),
     ):
-        parser.add_argument(
-            f"--{name}", type=kind, default=getattr(defaults, name.replace("-", "_")), help=f"{told} (%(default)s)"
-        )
+        parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name.replace("-", "_")), help=told)
     parser.add_argument("--mode", choices=("on", "shadow", "off"), default="on", help="off trains alone (%(default)s)")
     parser.add_argument("--url", help="the service (default: NOWCAST_URL, then its usual port on this machine)")
     parser.add_argument("--predictor", help="the service's predictor (default: its own choice)")
@@ -222,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        train(Job(**options), standard_library(), _to_stdout if events else _to_log)
+        train(Job(**options), _to_stdout if events else _to_log)
     except NowcastError as error:
         log.error("%s", error)
         return 2

@@ -1,10 +1,11 @@
-"""``nowcast demo``: train a small GPT alone, nowcast, and nowcast while the service is killed and restarted."""
+"""``nowcast demo``: train a small network alone, nowcast, and nowcast while the service is killed and restarted."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,13 @@ DOWN_SECONDS = 3.0
 """How long the killed service stays away."""
 
 
+class Trained(StrEnum):
+    """What the demo can train, by the names of ``python -m nowcast_client.demo``."""
+
+    letters = "letters"
+    text = "text"
+
+
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
     app.command()(demo)
@@ -27,17 +35,24 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture, the figures and the logs.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=100, help="Optimizer steps of each training.")] = 1000,
-    period: Annotated[int, typer.Option(min=15, help="Steps between nowcasts.")] = 100,
+    task: Annotated[
+        Trained, typer.Option(help="A convolutional network that reads letters, or a GPT that reads Python.")
+    ] = Trained.letters,
+    steps: Annotated[
+        int | None, typer.Option(min=100, help="Optimizer steps of each training; the task's own number by default.")
+    ] = None,
+    period: Annotated[
+        int | None, typer.Option(min=15, help="Steps between nowcasts; by the length of the training by default.")
+    ] = None,
     max_horizon: Annotated[int, typer.Option(min=1, help="Longest horizon, in strides of a fifth of the period.")] = 20,
     rate: Annotated[
-        float, typer.Option(min=1e-6, help="Peak learning rate; by default the best for training alone.")
-    ] = 1.6e-2,
+        float | None, typer.Option(min=1e-6, help="Peak learning rate; by default the best for training alone.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 1,
     checkpoint: Annotated[str | None, typer.Option(help="Name or path; the shipped one by default.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Predictor; what the checkpoint is for by default.")] = None,
 ) -> None:
-    """Train a small GPT three times from one seed: alone, nowcast, and nowcast while the service dies half-way.
+    """Train a small network three times from one seed: alone, nowcast, and nowcast while the service dies half-way.
 
     The service and every training are processes of their own. Prints a table, and last the path of a picture of the
     loss curves.
@@ -50,10 +65,16 @@ def demo(
     from nowcast_service.demo.training import Training, run
 
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {"steps": steps, "period": period, "max-horizon": max_horizon, "rate": rate, "seed": seed}
-    common = {name: str(value) for name, value in chosen.items()}
-    if predictor:
-        common["predictor"] = predictor
+    chosen = {
+        "task": task,
+        "steps": steps,
+        "period": period,
+        "max-horizon": max_horizon,
+        "rate": rate,
+        "seed": seed,
+        "predictor": predictor,
+    }
+    common = {name: str(value) for name, value in chosen.items() if value is not None}
     alone, nowcast, killed = trainings = [
         Training("alone", "alone"),
         Training("nowcast", "nowcast"),
@@ -61,12 +82,12 @@ def demo(
     ]
     # One thread for the service: the trainer has one as well, and neither takes the other's core on a small machine.
     settings = {"threads": "1", **({"checkpoint": checkpoint} if checkpoint else {})}
-    with Shown(trainings, steps) as shown:
+    with Shown(trainings) as shown:
         run(alone, {**common, "mode": "off"}, out, shown.update)
         shown.say("starting the service")
         with Server(out, **settings) as server:
             run(nowcast, {**common, "mode": "on", "url": server.url}, out, shown.update)
-            accident = Accident(server, steps // 2, shown.say)
+            accident = Accident(server, alone.about["steps"] // 2, shown.say)
             run(
                 killed, {**common, "mode": "on", "url": server.url}, out, lambda t: (shown.update(t), accident.watch(t))
             )
@@ -78,9 +99,8 @@ def demo(
     console.print(report.table(trainings))
     for sentence in report.verdict(trainings):
         console.print(sentence)
-    console.print(
-        f"AdamW at a peak rate of {rate:g} (by default the best of four for training alone), cosine decay, seed {seed}."
-    )
+    chosen_by = "given" if rate else "the best for training alone"
+    console.print(f"AdamW at a peak rate of {alone.about['rate']:g} ({chosen_by}), cosine decay, seed {seed}.")
     typer.echo(str(picture))
 
 

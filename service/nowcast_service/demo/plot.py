@@ -33,15 +33,11 @@ def draw(trainings: list[Training], path: Path) -> None:
         figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout="constrained")
         _curves(by_step, trainings, "step")
         _curves(by_time, trainings, "seconds")
-        by_step.set(xlabel="optimizer steps", ylabel="held-out loss (nats per byte)")
+        about = trainings[0].about
+        by_step.set(xlabel="optimizer steps", ylabel=f"held-out loss ({about['unit']})")
         by_time.set(xlabel="wall-clock time of the training (s)")
         figure.legend(handles=_legend(trainings), loc="outside lower center", ncols=3, frameon=False)
-        about = trainings[0].about
-        figure.suptitle(
-            f"A GPT of {about['parameters']:,} parameters on the Python standard library's source "
-            f"({about['training_bytes'] / 1e6:.1f} MB), three times from the same seed",
-            fontsize=10.5,
-        )
+        figure.suptitle(f"{about['about']}, three times from the same seed", fontsize=10.5)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
@@ -71,9 +67,9 @@ def _curves(axes: Axes, trainings: list[Training], by: str) -> None:
 
 
 def _range(trainings: list[Training]) -> tuple[float, float]:
-    """Lowest and highest loss to show: the steep fall of the first steps would flatten everything else."""
+    """Lowest and highest loss to show: the steep fall of the first third would flatten everything else."""
     alone = trainings[0].points
-    high = max(point.held_out for point in alone[len(alone) // 12 :])
+    high = max(point.held_out for point in alone[len(alone) // 3 :])
     low = min(point.held_out for training in trainings for point in training.points)
     return low - ROOM * (high - low), high + ROOM * (high - low)
 

@@ -15,11 +15,9 @@ class Shown:
 
     Args:
         trainings: In the order they run.
-        steps: Optimizer steps of each.
     """
 
-    def __init__(self, trainings: list[Training], steps: int) -> None:
-        self._steps = steps
+    def __init__(self, trainings: list[Training]) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._said: dict[str, int] = {}
         self._tasks: dict[str, TaskID] = {}
@@ -34,7 +32,7 @@ class Shown:
                 console=self._console,
             )
             for training in trainings:
-                self._tasks[training.name] = self._progress.add_task(training.label, total=steps, start=False, told="")
+                self._tasks[training.name] = self._progress.add_task(training.label, total=None, start=False, told="")
 
     def update(self, training: Training) -> None:
         """Show how far a training is; on no terminal, every tenth of it."""
@@ -42,12 +40,15 @@ class Shown:
             task = self._tasks[training.name]
             self._progress.start_task(task)
             if training.points:
-                self._progress.update(task, completed=training.points[-1].step, told=self._told(training))
+                step, steps = training.points[-1].step, training.about["steps"]
+                self._progress.update(task, completed=step, total=steps, told=self._told(training))
             return
-        tenth = training.points[-1].step * 10 // self._steps if training.points else 0
-        if tenth > self._said.get(training.name, 0):
+        if not training.points:
+            return
+        step, steps = training.points[-1].step, training.about["steps"]
+        if (tenth := step * 10 // steps) > self._said.get(training.name, 0):
             self._said[training.name] = tenth
-            self.say(f"{training.label}: step {training.points[-1].step}/{self._steps}, {self._told(training)}")
+            self.say(f"{training.label}: step {step}/{steps}, {self._told(training)}")
 
     def say(self, message: str) -> None:
         """Print one line."""

@@ -58,7 +58,9 @@ def table(trainings: list[Training]) -> Table:
         trainings: The one alone first.
     """
     target = trainings[0].final
-    out = Table(title=f"Held-out loss of training alone: {target:.4f} nats per byte", title_justify="left")
+    out = Table(
+        title=f"Held-out loss of training alone: {target:.4f} {trainings[0].about['unit']}", title_justify="left"
+    )
     out.add_column("")
     for training in trainings:
         out.add_column(training.label, justify="right")

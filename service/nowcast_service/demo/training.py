@@ -25,8 +25,8 @@ class Point:
     Attributes:
         step: Optimizer steps done.
         seconds: Wall-clock time of the training, measuring left out.
-        loss: Smoothed training loss, nats per byte.
-        held_out: Loss on text never learnt from, nats per byte.
+        loss: Smoothed training loss, in the task's unit.
+        held_out: Loss on what was never learnt from.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Training:
         nowcasts: What happened to nowcasts: kind, step and particulars of each event.
         report: The hook's own summary.
         seconds: Wall-clock time of the whole training.
-        about: Sizes of network and data.
+        about: What was trained and how: ``about`` and ``unit`` for people, ``steps``, ``rate``.
         killed_at: Step the service was killed at, if it was.
     """
 
@@ -56,7 +56,7 @@ class Training:
     nowcasts: list[Event] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    about: dict[str, int] = field(default_factory=dict)
+    about: Event = field(default_factory=dict)
     killed_at: int | None = None
 
     @property

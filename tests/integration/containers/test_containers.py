@@ -63,7 +63,7 @@ def test_ready_and_measured(stack: Stack) -> None:
 
 
 def test_training_from_outside(stack: Stack) -> None:
-    trainer = Trainer(stack.url, steps=160, period=40, predictor="linear")
+    trainer = Trainer(stack.url, task="text", steps=160, period=40, predictor="linear")
     assert trainer.status == 0, trainer.errors
     report = trainer.report
     assert report["steps"] == 160
@@ -112,7 +112,7 @@ def test_killed_and_restarted_half_way(stack: Stack) -> None:
             restarting.start()
         return restarting if killed_at and seen[0] >= killed_at[0] + 120 else None
 
-    trainer = Trainer(stack.url, watch, steps=400, period=40, every=10, predictor="identity")
+    trainer = Trainer(stack.url, watch, task="text", steps=400, period=40, every=10, predictor="identity")
     restarting.join()
     assert trainer.status == 0, trainer.errors
     assert trainer.report["steps"] == 400

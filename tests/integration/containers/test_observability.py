@@ -102,7 +102,7 @@ def prometheus(binary: str, service: str, tmp_path_factory: pytest.TempPathFacto
         _until(lambda: query(url, 'up{job="nowcast"} == 1'), "the service is not scraped")
         get(f"{service}/v1/models")  # without the key: one failure to see
         _until(lambda: query(url, "nowcast_failures_total"), "the failure is not scraped")
-        trainer = Trainer(service, api_key=KEY, steps=160, period=30, predictor="linear")
+        trainer = Trainer(service, api_key=KEY, task="text", steps=160, period=30, predictor="linear")
         assert trainer.status == 0, trainer.errors
         assert trainer.report["arrived"] >= 2, trainer.report
         spec = ArchitectureSpec.model_validate({"family": "sequential", "parameters": [{"name": "w", "shape": [4, 3]}]})
