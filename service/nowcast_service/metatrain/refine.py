@@ -58,6 +58,7 @@ from nowcast_service.metatrain.forward import check_trainable, forward
 from nowcast_service.metatrain.graphs import TrainingGraph, prepare
 from nowcast_service.metatrain.heldout import refuse_held_out
 from nowcast_service.metatrain.recipes import CONTEXT, Group, Recipe
+from nowcast_service.metatrain.sampler import standardised
 from nowcast_service.metatrain.train import STATE, basis, imported, read_state, resume, save
 from nowcast_service.metatrain.zoo import Arch
 from nowcast_service.nino.checkpoint import Checkpoint
@@ -282,10 +283,8 @@ def displacement(
     """
     scaled, deviations = [], []
     for part in seen.split(list(graph.segments), -1):
-        deviation, mean = torch.std_mean(part, (1, 2), keepdim=True)
-        # Float32 snapshots of a tensor at 1 differ by rounding alone below 1e-7.
-        moving = deviation > 1e-6 * mean.abs() + 1e-12
-        scaled.append(torch.where(moving, (part - mean) / (deviation + EPSILON), 0.0))
+        x, deviation, moving = standardised(part)
+        scaled.append(x)
         deviations.append(torch.where(moving, deviation, 0.0)[:, 0].expand(-1, part.shape[-1]))
     spread = torch.cat(deviations, -1)
     x = torch.cat(scaled, -1).permute(2, 0, 1)  # (elements, models, 5)

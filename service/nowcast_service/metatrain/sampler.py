@@ -229,6 +229,21 @@ def _future(
     return out, there
 
 
+def standardised(seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Snapshots of one parameter tensor as inference scales them (NiNo paper, section 3.4), zero where it stood still.
+
+    Args:
+        seen: (slices, context, elements).
+
+    Returns:
+        The same standardised; (slices, 1, 1) deviations in units of the weights; (slices, 1, 1) whether it moved.
+    """
+    deviation, mean = torch.std_mean(seen, (1, 2), keepdim=True)
+    # Relative to the magnitude: float32 snapshots of a tensor at 1 differ by rounding alone below 1e-7.
+    moving = deviation > 1e-6 * mean.abs() + 1e-12
+    return torch.where(moving, (seen - mean) / (deviation + EPSILON), 0.0), deviation, moving
+
+
 def scale_item(seen: Tensor, ahead: Tensor, segments: Sequence[int], clip: float) -> tuple[Tensor, Tensor, Tensor]:
     """Standardise slices by what was seen, tensor by tensor, exactly as inference does.
 
@@ -247,11 +262,8 @@ def scale_item(seen: Tensor, ahead: Tensor, segments: Sequence[int], clip: float
     """
     inputs, moves, masks = [], [], []
     for past, future in zip(seen.split(list(segments), -1), ahead.split(list(segments), -1), strict=True):
-        mean = past.mean((1, 2), keepdim=True)
-        deviation = (past - mean).square().sum((1, 2), keepdim=True).div(max(1, past[0].numel() - 1)).sqrt()
-        # Relative to the magnitude: float32 snapshots of a tensor at 1 differ by rounding alone below 1e-7.
-        moving = deviation > 1e-6 * mean.abs() + 1e-12
-        inputs.append(torch.where(moving, (past - mean) / (deviation + EPSILON), 0.0))
+        x, deviation, moving = standardised(past)
+        inputs.append(x)
         move = (future - past[:, -1:]) / (deviation + EPSILON)
         moves.append(torch.where(moving, move.clamp(-clip, clip), 0.0))
         masks.append(moving.expand_as(future))
