@@ -25,17 +25,13 @@ LEAST = 1_000_000
 HELD_OUT_WINDOWS = 256
 
 
-def code(text: Text | None = None, config: GPTConfig | None = None) -> Task:
+def code() -> Task:
     """The task: a small GPT learns the next byte.
-
-    Args:
-        text: The corpus; the standard library's source by default.
-        config: Sizes of the network.
 
     Raises:
         UnreadableFile: See `standard_library`.
     """
-    text, config = text or standard_library(), config or GPTConfig()
+    text, config = standard_library(), GPTConfig()
     training, held_out = (torch.from_numpy(part.copy()) for part in (text.training, text.held_out))
     offsets = torch.arange(config.n_positions + 1)
 
@@ -67,14 +63,10 @@ class Text:
     Attributes:
         training: (n,) bytes of the files to learn from, end to end.
         held_out: (m,) bytes of the files never learnt from: every tenth file.
-        files: Number of files in all.
-        folder: Where they lie.
     """
 
     training: Bytes
     held_out: Bytes
-    files: int
-    folder: Path
 
 
 def standard_library(folder: Path | None = None) -> Text:
@@ -102,4 +94,4 @@ def standard_library(folder: Path | None = None) -> Text:
             expected=f"a standard library with its source, at least {LEAST} bytes of it",
             remedy="run the demo with a Python that was installed with its library's .py files",
         )
-    return Text(training, held, len(names), folder)
+    return Text(training, held)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from nowcast_client.demo import letters
+from nowcast_client.demo.text import standard_library
 from nowcast_client.demo.train import TASKS, Job, share_of_peak, train
 from nowcast_proto.errors import UnreadableFile
 
@@ -63,6 +64,12 @@ def test_a_folder_without_typefaces_is_told(tmp_path):
     with pytest.raises(UnreadableFile, match="typeface") as caught:
         letters.letters(tmp_path)
     assert "--task text" in str(caught.value.remedy)
+
+
+def test_a_library_without_source_is_told(tmp_path):
+    (tmp_path / "short.py").write_text("pass\n")
+    with pytest.raises(UnreadableFile, match="5 bytes of Python source in 1 files"):
+        standard_library(tmp_path)
 
 
 def test_missing_matplotlib_is_told(monkeypatch):
