@@ -35,7 +35,8 @@ for part in "$@"; do
     digits-rivals) run digits-mlp digits-rivals 5 600 ;;
     large-adamw) run c10-32 large-adamw 2 2000 ;;
     large-rivals) run c10-32 large-rivals 2 2000 ;;
-    long-adamw) run half-16 long-adamw 1 20000 ;;
+    long-adamw) run half-16 long-adamw 2 20000 ;;
+    long-rivals) run half-16 long-rivals 2 20000 ;;
     many-adamw) run half-16 many-adamw 3 4000 ;;
     many-rivals) run half-16 many-rivals 3 4000 ;;
     sweep-adamw) run half-16 sweep-adamw 3 1000 ;;
@@ -67,7 +68,7 @@ for part in "$@"; do
     half-16-bn-rates) run half-16-bn image-rates 5 1000 ;;
     half-24-rates) run half-24 image-rates 5 1000 ;;
     short-rates) run c10-16 short-rates 3 2000 ;;
-    long-ours) run half-16 long-ours 1 20000 ;;
+    long-ours) run half-16 long-ours 2 20000 ;;
     many-ours) run half-16 many-ours 3 4000 ;;
     large-ours) run c10-32 large-ours 2 2000 ;;
     reproduction-trial) run c10-16 reproduction-trial 5 10000 --until-target ;;
