@@ -94,7 +94,14 @@ def _network() -> nn.Module:
 
 
 def drawn(path: Path) -> Tensor:
-    """Every character of a typeface, (62, 1, 32, 32) in [0, 1]."""
+    """Every character of a typeface, (62, 1, 32, 32) in [0, 1].
+
+    Args:
+        path: A TrueType file.
+
+    Raises:
+        UnreadableFile: It is not there, or no typeface.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     try:

@@ -31,9 +31,10 @@ Emit = Callable[[dict[str, Any]], object]
 
 SMOOTHING = 0.98
 """Weight of the past in the training loss that is shown."""
-
-
+WARM_UP = 100
+"""Steps until the peak rate."""
 TASKS: dict[str, Callable[[], Task]] = {"letters": letters, "text": code}
+"""What can be trained, by name."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +68,17 @@ class Job:
     predictor: str | None = None
 
 
-WARM_UP = 100
-
-
 def share_of_peak(step: int, steps: int) -> float:
     """Rate of a step, counted from 0, over the peak rate: linear warm-up, then half a cosine down to a tenth."""
     return min(1.0, (step + 1) / WARM_UP) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(job: Job, emit: Emit, task: Task | None = None) -> float:
+def train(job: Job, emit: Emit) -> float:
     """Run one training.
 
     Args:
         job: What to do.
         emit: Told of the start, of progress, of every nowcast and of the end.
-        task: What to train, where it is not the job's.
 
     Returns:
         Held-out loss at the end, in the task's unit.
@@ -90,7 +87,7 @@ def train(job: Job, emit: Emit, task: Task | None = None) -> float:
         NowcastError: The task's data cannot be read; what `attach` refuses, an address that is none say. Once training
             runs, none is raised.
     """
-    task = task or TASKS[job.task]()
+    task = TASKS[job.task]()
     steps, rate = job.steps or task.steps, job.rate or task.rate
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)

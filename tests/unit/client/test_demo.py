@@ -12,7 +12,7 @@ from nowcast_client.demo.train import TASKS, Job, share_of_peak, train
 from nowcast_proto.errors import UnreadableFile
 
 
-def _glyphs(images: torch.Tensor) -> torch.Tensor:
+def _bright_share(images: torch.Tensor) -> torch.Tensor:
     """Share of bright pixels of every image."""
     return (images > 0.5).float().mean((1, 2, 3))
 
@@ -22,7 +22,7 @@ def test_every_character_of_every_typeface_is_drawn():
     for name in (*letters.TRAINING, *letters.HELD_OUT):
         drawn = letters.drawn(folder / f"{name}.ttf")
         assert drawn.shape == (62, 1, 2 * letters.SIZE, 2 * letters.SIZE)
-        bright = _glyphs(drawn)
+        bright = _bright_share(drawn)
         # Neither blank nor a box that stands for a glyph the typeface lacks, which would look the same 62 times.
         assert bright.min() > 0.005
         assert bright.max() < 0.5
