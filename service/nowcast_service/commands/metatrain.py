@@ -128,6 +128,23 @@ def train(
 
 
 @app.command()
+def widen(
+    start: Annotated[str, typer.Option(help="Registered name or path of the network.")],
+    hidden: Annotated[int, typer.Option(help="New width of its node and edge vectors.")],
+    out: Annotated[Path, typer.Option(help="The wider network, a .safetensors file.")],
+    seed: Annotated[int, typer.Option(help="Of the maps to new units.")] = 0,
+) -> None:
+    """Give a trained network more hidden units; it computes the same until it is refined."""
+    from nowcast_service.metatrain.widen import widen as run
+    from nowcast_service.nino.checkpoint import save_checkpoint
+    from nowcast_service.weights import resolve_checkpoint
+
+    wide = run(resolve_checkpoint(start), hidden, seed=seed)
+    save_checkpoint(out, wide)
+    typer.echo(wide.digest)
+
+
+@app.command()
 def refine(
     start: Annotated[str, typer.Option(help="Registered name or path of the network to start from.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the state to resume from, and the logs.")],

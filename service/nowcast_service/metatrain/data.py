@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,6 +77,14 @@ class Images:
         tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
         return Images(self.source, self.digest, *(t.to(device) for t in tensors))
 
+    def split(self, share: float) -> tuple[Images, Images]:
+        """Two that share the test part: one with this share of the training part, drawn at random but always the
+        same, and one with the rest."""
+        order = torch.randperm(len(self.train_y), generator=torch.Generator().manual_seed(0)).to(self.train_y.device)
+        first, rest = order.tensor_split([round(share * len(order))])
+        one, other = (replace(self, train_x=self.train_x[i], train_y=self.train_y[i]) for i in (first, rest))
+        return one, other
+
 
 @dataclass(frozen=True)
 class Text:
@@ -99,6 +107,11 @@ class Text:
     def to(self, device: torch.device) -> Text:
         """The same tokens on another device."""
         return Text(self.source, self.digest, self.train.to(device), self.test.to(device), self.vocabulary)
+
+    def split(self, share: float) -> tuple[Text, Text]:
+        """Two that share the validation part: one with the first share of the training part, one with the rest."""
+        first, rest = self.train.tensor_split([round(share * len(self.train))])
+        return replace(self, train=first), replace(self, train=rest)
 
 
 def data_folder(folder: str | os.PathLike[str] | None) -> Path:

@@ -54,6 +54,8 @@ class Group(BaseModel):
         every: Optimizer steps between snapshots.
         batch: Images, or sequences of the architecture's context.
         nowcasts: Nowcasts made during the trainings; None for none.
+        seen: Part of the training data that trainings see when a network is refined on them. Below 1 they overfit, and
+            what a nowcast is worth is seen on the rest. Of no consequence to collecting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,7 @@ class Group(BaseModel):
     every: PositiveInt = 20
     batch: PositiveInt = 64
     nowcasts: Nowcasts | None = None
+    seen: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _nowcasts_fall_on_snapshots(self) -> Self:

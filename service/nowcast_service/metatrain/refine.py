@@ -123,10 +123,11 @@ class Episode:
         group: What is trained; its ``steps``, ``every`` and ``nowcasts`` do not count here.
         key: What its random choices are drawn from, with the config's seed.
         config: How often it is nowcast.
-        data: The group's source, on `device`.
+        data: What is trained on, on `device`.
         graph: The group's prepared graph, on `device`.
         device: Where to train.
         gradients: What takes the trainings' gradients, made by `loss_gradients`; made anew where None.
+        unseen: What losses and gradients of the outcome are taken on; None for what is trained on.
 
     Attributes:
         seen: (models, 5, elements) snapshots of the period that has just ended.
@@ -142,9 +143,11 @@ class Episode:
         graph: TrainingGraph,
         device: torch.device,
         gradients: LossGradients | None = None,
+        unseen: Images | Text | None = None,
     ) -> None:
-        self.group, self.graph, self._key, self._config, self._data = group, graph, key, config, data
+        self.group, self.graph, self._key, self._config = group, graph, key, config
         self._trainings = draw_trainings(group, key, config.seed)
+        self._data, self._unseen = data, unseen
         draw = np.random.default_rng([config.seed, *key.encode()])
         self.period = int(draw.choice(config.periods))
         count = int(draw.integers(config.nowcasts[0], config.nowcasts[1] + 1))
@@ -181,17 +184,17 @@ class Episode:
         # Streams of its own for every period: an episode that is picked up again sees what it would have seen.
         number = _number(f"{self._key}/{self.done}")
         stream = batches(self._data, group.arch, models, group.batch, number)
+        unseen = self._unseen and batches(self._unseen, group.arch, models, group.batch, number)
         first = int(self._config.settle * period)
         gradients, losses = torch.zeros_like(self._parameters), self._parameters.new_zeros(2 * models)
         seen = self._parameters.new_zeros(2 * models, CONTEXT, self._parameters.shape[1])
         whole = self._periods * period
         for step in range(period):
-            inputs, targets = next(stream)
-            both = torch.cat((inputs, inputs)), torch.cat((targets, targets))
-            gradient, loss = self._gradients(self._parameters, *both)
+            gradient, loss = self._gradients(self._parameters, *_twice(next(stream)))
             if step >= first:
-                gradients += gradient / (period - first)
-                losses += loss / (period - first)
+                told = (gradient, loss) if not unseen else self._gradients(self._parameters, *_twice(next(unseen)))
+                gradients += told[0] / (period - first)
+                losses += told[1] / (period - first)
             at = self.done * period + step
             rates = [
                 [(t.lr or 0.0) * learning_rate(t.schedule or "constant", at, whole, group.warmup)]
@@ -384,7 +387,7 @@ class Teacher:
         self._device = torch.device(device)
         self._twin = NiNoTwin(network).to(self._device).train()
         self._change = basis(CONTEXT, config.magnify, self._device)
-        self._data: dict[str, Images | Text] = {}
+        self._data: dict[tuple[str, float], tuple[Images | Text, Images | Text | None]] = {}
         self._graphs: dict[str, TrainingGraph] = {}
         self._gradients: dict[Arch, LossGradients] = {}
 
@@ -422,14 +425,16 @@ class Teacher:
     def _make(self, key: str) -> Episode:
         group = self._groups[int(key.partition("/")[0])]
         arch, spec = group.arch, group.arch.spec()
-        if group.source not in self._data:
-            self._data[group.source] = load(group.source, self._folder).to(self._device)
+        source = group.source, group.seen
+        if source not in self._data:
+            data = load(group.source, self._folder).to(self._device)
+            self._data[source] = (data, None) if group.seen == 1 else data.split(group.seen)
         if spec.digest() not in self._graphs:
             self._graphs[spec.digest()] = prepare(spec).to(self._device)
         if arch not in self._gradients:
             self._gradients[arch] = loss_gradients(arch, compiled=self._compiled)
-        data, graph = self._data[group.source], self._graphs[spec.digest()]
-        return Episode(group, key, self._config, data, graph, self._device, self._gradients[arch])
+        (data, unseen), graph = self._data[source], self._graphs[spec.digest()]
+        return Episode(group, key, self._config, data, graph, self._device, self._gradients[arch], unseen)
 
 
 Teach = Callable[[Sequence[Job]], Iterator[Lesson]]
@@ -577,6 +582,12 @@ def refine(
                 more = {"episodes": episodes, "average": averaged.state_dict()}
                 save(out, update, twin, change, optimizer, identity, values, more, checkpoint_of=averaged.module)
     return values
+
+
+def _twice(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same inputs and targets for both rows of every pair."""
+    inputs, targets = batch
+    return torch.cat((inputs, inputs)), torch.cat((targets, targets))
 
 
 def _encoding(graph: TrainingGraph, config: RefineConfig, key: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from nowcast_proto.errors import Unavailable, UnreadableFile
 from nowcast_service.history import History
 from nowcast_service.metatrain.collect import batches, initial_parameters
-from nowcast_service.metatrain.data import load
+from nowcast_service.metatrain.data import Text, load
 from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_service.metatrain.graphs import prepare
 from nowcast_service.metatrain.recipes import Group, Recipe, read_recipe
@@ -216,6 +216,36 @@ def test_a_network_that_knows_nothing_learns_to_help(start: Checkpoint, tmp_path
     for number in range(3):
         assert gain(refined, f"new/{number}") > 0.015
         assert abs(gain(start, f"new/{number}")) < 0.001
+
+
+def test_what_a_nowcast_is_worth_is_seen_on_data_the_trainings_do_not_see() -> None:
+    data, group, graph = load("digits"), RECIPE.groups[0], prepare(MLP.spec())
+    few, rest = data.split(0.1)
+    assert len(few.train_y) == 150
+    images = {tuple(x.flatten().tolist()) for x in data.train_x}
+    parts = [{tuple(x.flatten().tolist()) for x in part.train_x} for part in (few, rest)]
+    assert parts[0] | parts[1] == images
+    assert not parts[0] & parts[1]
+
+    config = dataclasses.replace(CONFIG, periods=(100,), settle=0.0)
+    told = {}
+    for name, unseen in (("none", None), ("few", few), ("rest", rest)):
+        episode = Episode(group, "one", config, few, graph, CPU, unseen=unseen)
+        outcomes = [episode.advance() for _ in range(3)]
+        told[name] = episode.seen, outcomes[-1]
+    for name in ("few", "rest"):
+        assert torch.equal(told["none"][0], told[name][0])  # it has no part in the training
+    torch.testing.assert_close(told["few"][1].gradient, told["none"][1].gradient)
+    assert (told["rest"][1].far > told["none"][1].far + 0.05).all()
+    assert not torch.allclose(told["rest"][1].gradient, told["none"][1].gradient)
+
+
+def test_a_text_is_split_too() -> None:
+    data = load("headers:bytes")
+    assert isinstance(data, Text)
+    first, rest = data.split(0.25)
+    assert torch.equal(torch.cat((first.train, rest.train)), data.train)
+    assert len(first.train) == round(0.25 * len(data.train))
 
 
 def test_what_is_held_out_and_what_cannot_be_are_refused(start: Checkpoint, tmp_path: Path) -> None:
