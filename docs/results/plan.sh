@@ -72,6 +72,26 @@ for part in "$@"; do
     many-ours) run half-16 many-ours 3 4000 ;;
     large-ours) run c10-32 large-ours 2 2000 ;;
     reproduction-trial) run c10-16 reproduction-trial 5 10000 --until-target ;;
+    # weights 64 wide, on trial as attach makes them, with all they are compared with on the same machine:
+    # OUT=docs/results/h64.jsonl
+    half-16-h64) run half-16 h64-image 5 1000 ;;
+    half-16-bn-h64) run half-16-bn h64-image 5 1000 ;;
+    half-24-h64) run half-24 h64-image 5 1000 ;;
+    gpt2-code-h64) run gpt2-code h64-text 5 600 ;;
+    llama-code-h64) run llama-code h64-text 5 600 ;;
+    vit-h64) run vit h64-vit 5 600 ;;
+    digits-h64) run digits-mlp h64-digits 5 600 ;;
+    short-h64) run c10-16 h64-short 3 2000 ;;
+    short-bn-h64) run c10-16-bn h64-short-bn 3 2000 ;;
+    large-h64) run c10-32 h64-large 2 2000 ;;
+    many-h64) run half-16 h64-many 3 4000 ;;
+    long-h64) run half-16 h64-long 2 20000 ;;
+    sweep-h64) run half-16 h64-sweep 3 1000 ;;
+    reproduction-h64) run c10-16 h64-reproduction 5 10000 --until-target ;;
+    choose-h64)
+        run choose-conv h64-choose-images 5 1000
+        run choose-gpt2 h64-choose-text 5 600
+        ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 5 1000 ;;
     defaults-text) run choose-gpt2 defaults-text 5 600 ;;
