@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything that docs/results.md reports: tasks, arms, seeds, lengths. Which arms came later than the rest is told there.
 # nino_no_posw is the published checkpoint (nowcast weights), runs/previous.safetensors the one shipped before this round.
+# runs/refined.safetensors is the network before it was averaged with the one it was refined from.
 # SEEDS caps the seeds of every line: passes with 1, 2, … finish all tasks seed by seed, and no run is made twice.
 run() { # task arms seeds steps [more]
     task=$1 arms=$2 seeds=$3 steps=$4
@@ -91,6 +92,8 @@ for part in "$@"; do
     choose-h64)
         run choose-conv h64-choose-images 5 1000
         run choose-gpt2 h64-choose-text 5 600
+        run choose-mlp h64-choose-mlp 5 600
+        run choose-full h64-choose-full 2 2000
         ;;
     # settings: on the task for choosing, which is reported for nothing else
     defaults) run choose-conv defaults 5 1000 ;;

@@ -24,7 +24,16 @@ from nowcast_service.predictors import BASELINES, NAMES, make_predictor, predict
 from nowcast_service.predictors.base import Predictor, State, move
 from nowcast_service.sessions import TORCH_DTYPES, Key
 from nowcast_service.settings import Settings
-from nowcast_service.weights import DEFAULT, PUBLISHED, cached_path, pull, resolve_checkpoint, shipped_path
+from nowcast_service.weights import (
+    DEFAULT,
+    PUBLISHED,
+    SHIPPED,
+    cached_path,
+    names,
+    pull,
+    resolve_checkpoint,
+    shipped_path,
+)
 
 log = logging.getLogger(__name__)
 SHOWN_OUTSIDE = 32
@@ -72,17 +81,16 @@ class Catalogue:
 
     @classmethod
     def of(cls, settings: Settings) -> Catalogue:
-        """The shipped checkpoint, those fetched before, and the one the settings name, which is loaded to see it fits.
+        """The shipped checkpoints, those fetched before, and the one the settings name, which is loaded to see it fits.
 
         Raises:
             NowcastError: The settings' checkpoint or predictor cannot be used.
         """
-        files: dict[str, str | Path] = {name: name for name in PUBLISHED if cached_path(name).exists()}
-        if shipped_path().exists():
-            files[DEFAULT] = DEFAULT
+        files: dict[str, str | Path] = {name: name for name in SHIPPED if shipped_path(name).exists()}
+        files |= {name: name for name in PUBLISHED if cached_path(name).exists()}
         default = DEFAULT if DEFAULT in files else None
         if settings.checkpoint is not None:
-            if settings.checkpoint in (DEFAULT, *PUBLISHED):
+            if settings.checkpoint in names():
                 default = settings.checkpoint
                 if default in PUBLISHED and default not in files:
                     pull(default)

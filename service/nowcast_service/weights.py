@@ -1,4 +1,4 @@
-"""Trained weights by name: the shipped checkpoint, and the published ones fetched from their authors' repository.
+"""Trained weights by name: the shipped checkpoints, and the published ones fetched from their authors' repository.
 
 A published file is downloaded once into the cache folder (``NOWCAST_CACHE``, else ``~/.cache/nowcast``), resumed where
 a connection broke, and taken only when its content has the git blob id it has in the repository. It is checked again
@@ -26,8 +26,13 @@ from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "nowcast-h32"
-"""The checkpoint that ships with the package."""
+SHIPPED = {
+    "nowcast-h64": "ships with Nowcast, for any model; trained by this project",
+    "nowcast-h32": "the same before it was widened and refined on trainings that overfit",
+}
+"""The checkpoints that ship with the package, the default first, and one line about each."""
+DEFAULT = next(iter(SHIPPED))
+"""What the service predicts with where nothing else is asked for."""
 OWNER, REPOSITORY, REVISION, FOLDER = "SamsungSAILMontreal", "nino", "main", "checkpoints"
 BASE_URL = f"https://raw.githubusercontent.com/{OWNER}/{REPOSITORY}/{REVISION}/{FOLDER}"
 """Where the published files lie; ``NOWCAST_WEIGHTS_URL`` names a mirror instead."""
@@ -87,14 +92,14 @@ def base_url() -> str:
     return os.environ.get("NOWCAST_WEIGHTS_URL") or BASE_URL
 
 
-def shipped_path() -> Path:
-    """The file of the shipped checkpoint."""
-    return Path(str(importlib.resources.files("nowcast_service") / "checkpoints" / f"{DEFAULT}.safetensors"))
+def shipped_path(name: str = DEFAULT) -> Path:
+    """The file of a shipped checkpoint."""
+    return Path(str(importlib.resources.files("nowcast_service") / "checkpoints" / f"{name}.safetensors"))
 
 
 def names() -> tuple[str, ...]:
-    """All registered names, the shipped one first."""
-    return (DEFAULT, *PUBLISHED)
+    """All registered names, the shipped ones first."""
+    return (*SHIPPED, *PUBLISHED)
 
 
 def cached_path(name: str, cache: Path | None = None) -> Path:
@@ -117,8 +122,8 @@ def resolve_checkpoint(reference: str | Path, *, fetch: bool = True, progress: P
         Unavailable: It could not be downloaded.
     """
     name = str(reference)
-    if name == DEFAULT:
-        return replace(load_checkpoint(shipped_path()), source=name)
+    if name in SHIPPED:
+        return replace(load_checkpoint(shipped_path(name)), source=name)
     if name in PUBLISHED:
         path = cached_path(name)
         if not path.exists():

@@ -278,10 +278,10 @@ def test_names_and_paths(made, tmp_path, monkeypatch):
         resolve_checkpoint("nimo")
     with pytest.raises(UnreadableFile, match="No such file"):
         resolve_checkpoint("nimo.pt")
-    monkeypatch.setattr(weights, "shipped_path", lambda: tmp_path / "own.safetensors")
+    monkeypatch.setattr(weights, "shipped_path", lambda _name: tmp_path / "own.safetensors")
     assert resolve_checkpoint(weights.DEFAULT).source == weights.DEFAULT
     (tmp_path / "bad.safetensors").write_bytes(b"")
-    monkeypatch.setattr(weights, "shipped_path", lambda: tmp_path / "bad.safetensors")
+    monkeypatch.setattr(weights, "shipped_path", lambda _name: tmp_path / "bad.safetensors")
     with pytest.raises((UnreadableFile, InvalidCheckpoint)):
         resolve_checkpoint(weights.DEFAULT)
 

@@ -145,13 +145,29 @@ def widen(
 
 
 @app.command()
+def average(
+    before: Annotated[str, typer.Option(help="Registered name or path of a network.")],
+    after: Annotated[str, typer.Option(help="Of one that was made from it.")],
+    out: Annotated[Path, typer.Option(help="The network half-way between them, a .safetensors file.")],
+) -> None:
+    """Average two networks weight by weight, such as before and after refining."""
+    from nowcast_service.metatrain.average import average as run
+    from nowcast_service.nino.checkpoint import save_checkpoint
+    from nowcast_service.weights import resolve_checkpoint
+
+    middle = run(resolve_checkpoint(before), resolve_checkpoint(after))
+    save_checkpoint(out, middle)
+    typer.echo(middle.digest)
+
+
+@app.command()
 def refine(
     start: Annotated[str, typer.Option(help="Registered name or path of the network to start from.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the state to resume from, and the logs.")],
     recipe: Annotated[str, typer.Option(help="refine, another recipe's name, or a JSON file.")] = "refine",
-    updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 360,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 8,
+    updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 300,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 7e-4,
+    episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 10,
     seed: Annotated[int, typer.Option(help="All randomness.")] = 0,
     data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
     device: Device = "cpu",

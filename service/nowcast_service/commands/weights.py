@@ -25,13 +25,14 @@ def list_weights(
 
     rows = [
         {
-            "name": weights.DEFAULT,
-            "at_hand": weights.shipped_path().exists(),
-            "about": "ships with Nowcast, for any model; trained by this project",
+            "name": name,
+            "at_hand": weights.shipped_path(name).exists(),
+            "about": about,
             "license": "Apache-2.0",
             "source": "nowcast_service",
-            "path": str(weights.shipped_path()),
+            "path": str(weights.shipped_path(name)),
         }
+        for name, about in weights.SHIPPED.items()
     ]
     for name, entry in weights.PUBLISHED.items():
         path = weights.cached_path(name)
@@ -68,7 +69,7 @@ def pull(
     from nowcast_service.commands._terminal import progress_bar, set_up_logging
 
     set_up_logging(verbose)
-    chosen = list(weights.PUBLISHED) if everything else [name for name in names or [] if name != weights.DEFAULT]
+    chosen = list(weights.PUBLISHED) if everything else [name for name in names or [] if name not in weights.SHIPPED]
     if not chosen and not names:
         raise InvalidRequest("no weights are named", expected="names of `nowcast weights list`, or --all")
     for name in chosen:

@@ -44,6 +44,10 @@ CONTEXT = 5
 WINDOW = 50
 """Most steps of the recovery window, which is no longer than a third of the period, as in the client: a good nowcast is
 back on trend after 20 to 30 steps and ahead by 50."""
+AHEAD = ("nino", "wnn", "linear")
+"""Predictors of weights to come. What a training has reached at a step is measured before a nowcast due at that step,
+which opens the next period and takes some of it to recover. SNOO's and LAWA's weights are what those train: they are
+measured after."""
 
 
 class Arm(BaseModel):
@@ -147,7 +151,7 @@ def run_key(task: Task, arm: Arm, seed: int, steps: int, identity: str = "", *, 
     # A field that came later counts where it is not at its default, so that older lines stay known.
     later = {"power"} if arm.power == 2 else set()
     parts = [task.model_dump(mode="json"), arm.model_dump(mode="json", exclude=later), seed, steps, identity]
-    parts += ["until target"] * until_target
+    parts += ["until target"] * until_target + ["measured before nowcasts"] * (arm.predictor in AHEAD)
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -201,6 +205,10 @@ def run(
     nowcast_seconds = training_seconds = 0.0
     peak = Peak(device)
     stream = _batches(task, data, seed)
+
+    def measure() -> None:
+        curve.append((step, round(evaluate(model, task, data), 5), training_seconds + nowcast_seconds))
+
     for step in range(1, steps + 1):
         inputs, targets = next(stream)
         began = time.perf_counter()
@@ -217,6 +225,9 @@ def run(
         settled.append(value)
         tail.append(value)
         training_seconds += time.perf_counter() - began
+        due_to_measure = step % task.eval_every == 0 or step == steps
+        if due_to_measure and arm.predictor in AHEAD:
+            measure()
         if predict is not None:
             began = time.perf_counter()
             if trial is not None and (verdict := trial.observe(value)) is not None:
@@ -249,8 +260,8 @@ def run(
                     trial = None
                 snapshots.clear()
             nowcast_seconds += time.perf_counter() - began
-        if step % task.eval_every == 0 or step == steps:
-            curve.append((step, round(evaluate(model, task, data), 5), training_seconds + nowcast_seconds))
+        if due_to_measure and arm.predictor not in AHEAD:
+            measure()
         on_step(step)
         if not math.isfinite(value):
             break
@@ -273,8 +284,17 @@ def run(
         "training_seconds": round(training_seconds, 4),
         "nowcast_seconds": round(nowcast_seconds, 4),
         "nowcast_bytes": None if peak.nbytes is None else peak.nbytes + CONTEXT * _parameter_bytes(model),
-        "machine": f"{platform.machine()} {torch.get_num_threads()} threads {device}",
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
     }
+
+
+def _processor() -> str:
+    """Its name: rounding differs between processors, and long trainings with it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _parameter_bytes(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ HELD_OUT_KINDS = frozenset({"vit"})
 HELD_OUT_CONVNETS = frozenset({(16, 32, 32), (24, 48, 48), (32, 64, 64), (14, 28, 28)})
 """Convolutional widths held out on CIFAR-10, with and without batch norm, at every resolution."""
 
-HELD_OUT_MLPS = frozenset({(48, 48)})
+HELD_OUT_MLPS = frozenset({(48, 48), (40, 40)})
 """MLP widths held out on digits."""
 
 

@@ -177,12 +177,12 @@ def _cpu() -> Recipe:
 
 
 def _refine() -> Recipe:
-    """For refining on CPU cores: small networks at rates around the best and up to four times that. Eight kinds of
-    training in turn, as `refine` trains eight groups beside each other by default."""
+    """For refining on CPU cores: small networks at rates around the best and up to four times that. Ten kinds of
+    training in turn, as `refine` trains ten groups beside each other by default; two of them overfit."""
 
-    def images(arch: Arch, **fields: Any) -> Group:
+    def images(arch: Arch, source: str | None = None, **fields: Any) -> Group:
         defaults = {"lr": (2e-3, 1.2e-2), "batch": 32, "models": 6}
-        return Group(**defaults | fields, arch=arch, source=f"cifar10@{arch.size}")
+        return Group(**defaults | fields, arch=arch, source=source or f"cifar10@{arch.size}")
 
     def text(arch: Arch, source: str, **fields: Any) -> Group:
         tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
@@ -195,19 +195,23 @@ def _refine() -> Recipe:
             text(_gpt2(2, 24, 3, context=32), "shakespeare"),
             images(_conv(10, 20, 24), models=4, batch=64),
             text(_llama(2, 16, 4, 2, 128, 32), "headers"),
-            images(_conv(12, 24, 24, size=8), batch=128),
-            images(_conv(8, 16, 16, norm=True)),
+            images(_conv(12, 24, 24, size=8), models=4, batch=256),
+            images(_conv(8, 16, 16, norm=True), models=4, batch=64),
             text(_gpt2(3, 20, 2, 96, 32), "shakespeare", **steep),
-            images(_conv(8, 16, 16)),
+            images(_conv(8, 16, 16), models=3, batch=128),
             images(_mlp(32, 32, source="cifar10")),
+            images(_mlp(32, 24, source="digits"), "digits", models=8, seen=0.67),
+            images(_conv(8, 16, 16, size=8), seen=0.04),
             text(_gpt2(2, 16, 2, 128, 32), "headers"),
             images(_conv(12, 24, 24), models=4),
             text(_llama(2, 24, 4, 2, context=32), "shakespeare"),
-            images(_conv(16, 32, 24, size=8), batch=64),
+            images(_conv(20, 40, 40, size=8), models=4, batch=128),
             images(_conv(10, 20, 20, norm=True), models=4, batch=64),
             text(_gpt2(2, 24, 3, 128, 32), "headers", **steep),
-            images(_conv(12, 12, 24, 24)),
+            images(_conv(8, 16, 16, size=32), models=2, batch=64),
             images(_mlp(48, 24, source="cifar10")),
+            images(_conv(8, 16, channels=1, size=8), "digits", seen=0.67),
+            images(_mlp(32, 32, source="cifar10"), seen=0.04),
         )
     )
 

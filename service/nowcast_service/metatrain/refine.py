@@ -28,6 +28,9 @@ import json
 import logging
 import math
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -97,14 +100,14 @@ class RefineConfig:
         seed: All randomness.
     """
 
-    updates: int = 360
-    episodes: int = 8
+    updates: int = 300
+    episodes: int = 10
     periods: tuple[int, ...] = (100, 160, 240)
     nowcasts: tuple[int, int] = (5, 12)
-    farthest: int = 40
+    farthest: int = 20
     settle: float = 0.5
     apart: float = 0.4
-    lr: float = 1e-3
+    lr: float = 7e-4
     weight_decay: float = 1e-2
     grad_clip: float = 1.0
     warmup: int = 10
@@ -343,6 +346,7 @@ class Lesson(NamedTuple):
         paired: What jumping farther would have done to the loss, by the pairs, see `lesson`.
         first_order: The same by the gradients.
         episode: Its state after the period, see `Episode.state`.
+        seconds: What it took.
     """
 
     kind: str
@@ -350,6 +354,7 @@ class Lesson(NamedTuple):
     paired: float
     first_order: float
     episode: dict[str, Any]
+    seconds: float
 
 
 class Job(NamedTuple):
@@ -393,7 +398,7 @@ class Teacher:
 
     def teach(self, job: Job) -> Lesson:
         """Nowcast an episode's trainings, train them for a period, and see what that teaches."""
-        config, twin = self._config, self._twin
+        config, twin, begun = self._config, self._twin, time.perf_counter()
         twin.load_state_dict(job.network)
         twin.zero_grad(set_to_none=True)
         episode = self._episode(job)
@@ -405,7 +410,8 @@ class Teacher:
         value, paired, first_order = lesson(moved, spread, outcome, config.apart, guess)
         value.backward()
         gradients = [parameter.grad for parameter in twin.parameters()]
-        return Lesson(_kind(episode.group), gradients, paired, first_order, episode.state())
+        seconds = time.perf_counter() - begun
+        return Lesson(_kind(episode.group), gradients, paired, first_order, episode.state(), seconds)
 
     def _episode(self, job: Job) -> Episode:
         """The one under way or, where that is over, a new one. Slots share the groups out among them, so that all are
@@ -467,8 +473,17 @@ _teacher: Teacher
 
 def _begin(threads: int, *setup: Any) -> None:
     global _teacher
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _teacher = Teacher(*setup)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its processes: they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _teach(job: bytes) -> bytes:
@@ -548,6 +563,7 @@ def refine(
         update, episodes = resume(out / STATE, saved, twin, optimizer, identity), saved["episodes"]
         averaged.load_state_dict(saved["average"])
     values: dict[str, float] = {}
+    seconds = [0.0] * config.episodes
     end = config.updates if stop_after is None else min(stop_after, config.updates)
     setup = (start.config, recipe, config, data, device, compiled)
     with SummaryWriter(str(out / "logs"), purge_step=update) as writer, _teachers(workers, *setup) as teach:
@@ -558,8 +574,11 @@ def refine(
             measured: dict[str, list[float]] = {}
             network = twin.state_dict()
             jobs = [Job(slot, update, network, episode) for slot, episode in enumerate(episodes)]
-            for slot, given in enumerate(teach(jobs)):
-                episodes[slot] = given.episode
+            # The longest first, so that the processes end together; summed up in the slots' order, whatever that was.
+            order = sorted(range(len(jobs)), key=lambda slot: -seconds[slot])
+            lessons = dict(zip(order, teach([jobs[slot] for slot in order]), strict=True))
+            for slot, given in sorted(lessons.items()):
+                episodes[slot], seconds[slot] = given.episode, given.seconds
                 for parameter, gradient in zip(twin.parameters(), given.gradients, strict=True):
                     if gradient is not None:
                         share = gradient / len(jobs)

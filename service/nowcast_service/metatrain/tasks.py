@@ -66,6 +66,17 @@ _TASKS = (
         metric="loss",
         eval_items=64,
     ),
+    Task(name="choose-full", arch=_conv(14, 28, 28, size=32), source="cifar10@32", steps=2000, eval_every=100),
+    Task(
+        name="choose-mlp",
+        arch=Arch(kind="mlp", widths=(40, 40), channels=1, size=8),
+        source="digits",
+        batch=32,
+        steps=600,
+        eval_every=20,
+        eval_items=297,
+        metric="loss",
+    ),
     # The paper's protocol and its larger network; minutes per run on a GPU, hours on a core.
     Task(
         name="c10-16",

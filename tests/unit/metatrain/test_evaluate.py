@@ -51,6 +51,16 @@ def test_runs_of_one_seed_differ_by_the_arm_alone() -> None:
     assert linear["final"] != plain["final"]
 
 
+def test_what_a_training_has_reached_is_measured_before_a_nowcast_but_after_an_average() -> None:
+    data = load("digits")
+    plain = run(TASK, Arm(lr=3e-3), 1, data, None, steps=40)["curve"]
+    ahead = run(TASK, Arm(lr=3e-3, predictor="linear", period=20), 1, data, Harmful(), steps=40)["curve"]
+    after = run(TASK, Arm(lr=3e-3, predictor="lawa", period=20), 1, data, Harmful(), steps=40)["curve"]
+    assert ahead[0][:2] == plain[0][:2]
+    assert ahead[1][1] > 2 * plain[1][1]  # twenty steps after a harmful one
+    assert after[0][1] > plain[0][1] + 0.5
+
+
 def test_horizons_follow_the_schedule_and_the_gates() -> None:
     data, ask = load("digits"), Harmful()
     run(TASK, Arm(predictor="linear", period=10), 1, data, ask, steps=100)

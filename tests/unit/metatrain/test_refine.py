@@ -6,8 +6,12 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from nowcast_proto.errors import Unavailable, UnreadableFile
@@ -29,7 +33,7 @@ from nowcast_service.metatrain.refine import (
 )
 from nowcast_service.metatrain.train import TrainConfig, basis, exported, imported, initial_network
 from nowcast_service.metatrain.zoo import Arch
-from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
+from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nowcast_service.predictors import make_predictor
 from nowcast_service.weights import resolve_checkpoint
 
@@ -169,6 +173,25 @@ def test_a_process_that_dies_is_told_and_what_was_saved_goes_on(start: Checkpoin
     assert load_checkpoint(tmp_path / "checkpoint.safetensors").metadata["step"] == "4"
 
 
+@pytest.mark.kill
+def test_no_process_outlives_a_killed_refinement(start: Checkpoint, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "start.safetensors", start)
+    (tmp_path / "recipe.json").write_text(RECIPE.model_dump_json())
+    files = ["--start", tmp_path / "start.safetensors", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "nowcast_service", "metatrain", "refine", *files, "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "logs").exists() or len(workers := psutil.Process(process.pid).children()) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+
+
 def test_the_checkpoint_is_an_average_over_updates(start: Checkpoint, tmp_path: Path) -> None:
     states = []
     for update in range(1, 4):
@@ -258,7 +281,9 @@ def test_what_is_held_out_and_what_cannot_be_are_refused(start: Checkpoint, tmp_
 
 
 def test_every_kind_of_network_has_a_slot_of_its_own() -> None:
-    """Among eight, the default."""
+    """Among ten, the default; the last two overfit."""
     groups = read_recipe("refine").groups
     kinds = [(group.arch.kind, group.arch.norm, group.warmup) for group in groups]
-    assert kinds[:8] == kinds[8:]
+    assert kinds[:8] == kinds[10:18]
+    assert [group.seen < 1 for group in groups] == 2 * (8 * [False] + 2 * [True])
+    assert RefineConfig().episodes == 10
