@@ -14,20 +14,20 @@ from nowcast_client.errors import AttachError
 DEFAULT_PERIODS = 10
 """Length of the horizon schedule where the length of the training is not known, as published."""
 MAX_HORIZON = 20
-"""First horizon, in strides: in ``docs/results.md`` our weights ended better with it on the text task for choosing than
-with the published 40, and the same on the convolutional one."""
+"""First horizon, in strides: in ``docs/results-h32.md`` our weights ended better with it on the text task for choosing
+than with the published 40, and the same on the convolutional one."""
 SHORTEST_PERIOD, LONGEST_PERIOD = 100, 1000
 """Between which the default period lies: at half the shortest nowcasts harmed text in
-``docs/results.md``; the longest is the published one."""
+``docs/results-h32.md``; the longest is the published one."""
 MANY_NOWCASTS = 20
 """More in one training is beyond what the shipped weights were refined on (12) and measured to gain with (19 on images;
-on text as many harmed); 50 ruined runs in ``docs/results.md`` where all were kept, and gained nothing on trial."""
+on text as many harmed); 50 ruined runs in ``docs/results-h32.md`` where all were kept, and gained nothing on trial."""
 
 
 def default_period(total_steps: int | None, context: int) -> int:
     """Steps between nowcasts where the caller names none.
 
-    In ``docs/results.md`` a tenth of the training did best on text, and a twentieth little better on images; short
+    In ``docs/results-h32.md`` a tenth of the training did best on text, and a twentieth little better on images; short
     trainings gain from periods far below the published 1,000 steps.
 
     Args:

@@ -23,7 +23,7 @@ class Task:
         held_out: One batch never trained on.
         batch: Items of a step.
         steps: Optimizer steps by default.
-        rate: AdamW's peak learning rate: the one at which training alone ends best, see ``docs/results.md``.
+        rate: AdamW's peak learning rate: the one at which training alone ends best, see ``docs/results-h32.md``.
         betas: AdamW's.
         weight_decay: AdamW's.
         clip: Bound on the gradient's norm, None for none.

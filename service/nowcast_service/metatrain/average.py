@@ -18,7 +18,7 @@ def average(before: Checkpoint, after: Checkpoint) -> Checkpoint:
 
     Args:
         before: A network.
-        after: One that was made from it: other networks' units would not correspond. Its history is that of the average.
+        after: One that was made from it: units of others would not correspond. The average takes its history over.
 
     Raises:
         InvalidCheckpoint: They are not of one config.
