@@ -182,7 +182,9 @@ def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: flo
         seeds = {run["seed"] for run in group}
         twin = [run for run in twin if run["seed"] in seeds]
         own = _median(_finals(twin), task) if twin else math.nan
-        same_rate = _steps(group, own, task) / _steps(twin, own, task) if math.isfinite(own) else None
+        # Of two seeds one lies above the median of their ends, and may never have been there.
+        if math.isfinite(own) and math.isfinite(alone := _steps(twin, own, task)):
+            same_rate = _steps(group, own, task) / alone
     hits = [_reached(run, target, task) for run in group]
     made = sum(run["nowcasts"] for run in group)
     finals = _finals(group)

@@ -200,6 +200,10 @@ def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tune
     assert (rows["lawa"].same_rate, rows["snoo"].same_rate, report.baseline.same_rate) == (0.5, None, None)
     fast = [line(s, 35.0, [(50, 31.0), (100, 35.0)], lr=1e-2, predictor="lawa") for s in (1, 2)]
     assert next(row for row in reports([*runs, *fast])[0].rows if row.arm.lr == 1e-2).same_rate == 0.5
+    # Of two seeds only one reaches the median of their ends, the mean.
+    two = [line(s, 30.0 + s, [(50, 20.0), (100, 30.0 + s)], lr=2e-3) for s in (1, 2)]
+    two += [line(s, 40.0, [(50, 35.0), (100, 40.0)], lr=2e-3, predictor="lawa") for s in (1, 2)]
+    assert [row.same_rate for row in reports([*runs, *two])[0].rows if row.arm.lr == 2e-3] == [None, None]
     # At 10 of 11 seconds four fifths of the last stretch are done.
     late = [line(1, 60.0, [], predictor="lawa") | {"curve": [[50, 40.0, 6.0], [100, 60.0, 11.0]]}]
     assert reports([*runs[:3], *late])[0].rows[0].timed == pytest.approx(56.0)
