@@ -189,11 +189,17 @@ def test_a_training_that_was_stopped_ends_where_one_that_was_not_does(store: Tra
 
 
 def test_training_lowers_the_loss(store: TrajectoryStore, tmp_path: Path) -> None:
-    losses: list[float] = []
-    config = dataclasses.replace(CONFIG, steps=40, lr=1e-2, warmup=4)
-    train(store, config, tmp_path, on_step=lambda _, loss: losses.append(loss))
-    assert sum(losses[-10:]) < 0.98 * sum(losses[:10])
-    assert list((tmp_path / "logs").glob("events*"))
+    def losses(lr: float, out: Path) -> list[float]:
+        found: list[float] = []
+        config = dataclasses.replace(CONFIG, steps=60, lr=lr, warmup=4)
+        train(store, config, out, on_step=lambda _, loss: found.append(loss))
+        return found
+
+    # Of the same items: those of another step can be twice as hard.
+    still, trained = losses(1e-12, tmp_path / "still"), losses(1e-2, tmp_path / "trained")
+    assert trained[0] == pytest.approx(still[0])
+    assert sum(trained[-20:]) < 0.95 * sum(still[-20:])
+    assert list((tmp_path / "trained" / "logs").glob("events*"))
 
 
 @pytest.mark.parametrize("loss", ["relative", "l1"])
