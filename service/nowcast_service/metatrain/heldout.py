@@ -21,7 +21,7 @@ HELD_OUT_CONVNETS = frozenset({(16, 32, 32), (24, 48, 48), (32, 64, 64), (14, 28
 """Convolutional widths held out on CIFAR-10, with and without batch norm, at every resolution."""
 
 HELD_OUT_MLPS = frozenset({(48, 48), (40, 40)})
-"""MLP widths held out on digits."""
+"""MLP widths held out on digits; the second came later, and no trajectory or refinement had it."""
 
 
 def why_held_out(arch: Arch, source: str) -> str | None:

@@ -1,8 +1,9 @@
 """Evaluation tasks: what is trained, on what, for how long, towards which target.
 
-Written down before the first evaluation. The ``choose-`` tasks alone are for choosing among checkpoints and settings,
-so that no reported task has a say in what is reported on it. Every task is held out from meta-training (`heldout`): its
-architecture on its data is in no trajectory, and texts of text tasks are in none at all.
+Written down before the first evaluation (``choose-mlp`` and ``choose-full`` before the first on them). The ``choose-``
+tasks alone are for choosing among checkpoints and settings, so that no reported task has a say in what is reported on
+it. Every task is held out from meta-training (`heldout`): its architecture on its data is in no trajectory, and texts
+of text tasks are in none at all.
 """
 
 from __future__ import annotations
