@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
-from nowcast_client.demo.text import standard_library
+from nowcast_lab.demo.training_job.text import standard_library
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
 from torch.utils.data import TensorDataset

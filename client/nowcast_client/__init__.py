@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nowcast_client.api import AsyncNowcastClient, NowcastClient
-from nowcast_client.trial import TrialSettings
+from nowcast_client.loop.trial import TrialSettings
+from nowcast_client.wire.api import AsyncNowcastClient, NowcastClient
 
 if TYPE_CHECKING:
-    from nowcast_client.hook import Event, Handle, attach
+    from nowcast_client.handle import Event, Handle, attach
 
 __all__ = ["AsyncNowcastClient", "Event", "Handle", "NowcastClient", "TrialSettings", "attach"]
 
@@ -20,7 +20,7 @@ _LAZY = ("Event", "Handle", "attach")
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from nowcast_client import hook
+        from nowcast_client import handle as hook
 
         return getattr(hook, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

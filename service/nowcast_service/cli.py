@@ -1,5 +1,7 @@
 """``nowcast``: the command line. Every subcommand lives in a module of its own under `nowcast_service.commands`.
 
+Other packages add theirs through the entry-point group ``nowcast.commands``: a function that is handed the application.
+
 Data goes to files or stdout, everything said about it to stderr. A request that cannot be served ends with exit status
 2 and one message, whatever the reason; heavy libraries are imported by the subcommand that needs them.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Annotated
 
 import typer
@@ -48,6 +50,8 @@ def build_app() -> typer.Typer:
     for module in sorted(pkgutil.iter_modules(commands.__path__), key=lambda module: module.name):
         if not module.name.startswith("_"):
             importlib.import_module(f"{commands.__name__}.{module.name}").register(app)
+    for entry in sorted(entry_points(group="nowcast.commands"), key=lambda entry: entry.name):
+        entry.load()(app)
     return app
 
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # siblings, when run as a script
 from engine_models import MODELS, checkpoint, graph_and_positions, history
 from engine_published import status
 from floor import Floor
-from nowcast_service.nino.engine import DEFAULT_BUDGET, ExactEngine
+from nowcast_service.nino.exact.engine import DEFAULT_BUDGET, ExactEngine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -237,7 +237,7 @@ void fused(torch::Tensor u, torch::Tensor s, torch::Tensor t) {
 def part_f(threads: int = 1) -> Result:
     """u <- silu(u + s_i + t_j) on one tile, one thread: the engine's kernel against PyTorch and a C++ loop."""
     del threads
-    from nowcast_service.nino.engine_kernels import add_silu
+    from nowcast_service.nino.exact.kernels import add_silu
     from torch.utils.cpp_extension import load_inline
 
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from nowcast_client import attach
-from nowcast_client.demo.gpt import GPT, GPTConfig
+from nowcast_lab.demo.training_job.gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
 MODELS = {

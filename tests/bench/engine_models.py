@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.graph.blocks import NeuralGraph
-from nowcast_service.graph.build import build_graph
+from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint, expected_shapes
 from nowcast_service.nino.config import NiNoConfig

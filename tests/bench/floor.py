@@ -15,9 +15,9 @@ from itertools import islice
 
 import torch
 from nowcast_service.graph.blocks import Block, NeuralGraph, View
-from nowcast_service.nino.engine import ExactEngine
-from nowcast_service.nino.engine_plan import OUTER, Part, Plan, spans
-from nowcast_service.nino.engine_workers import Workers
+from nowcast_service.nino.exact.engine import ExactEngine
+from nowcast_service.nino.exact.plan import OUTER, Part, Plan, spans
+from nowcast_service.nino.exact.workers import Workers
 from torch import Tensor
 from torch.nn.functional import silu
 

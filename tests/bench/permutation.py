@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.graph.blocks import EdgeType, NeuralGraph
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.positional import positional_encoding
 from nowcast_service.graph.pyg import to_pyg
 from nowcast_service.graph.table import Family, Heads, Neurons, Vector, Weight
+from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.nino.checkpoint import load_checkpoint
 from nowcast_service.nino.config import NiNoConfig
 from nowcast_service.nino.model import NiNoTwin

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nowcast_service.graph.build import build_graph
+from nowcast_service.files.snapshots import read_snapshot
+from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
-from nowcast_service.io import read_snapshot
 from nowcast_service.nino.checkpoint import save_checkpoint
 from nowcast_service.predictors import BASELINES, make_predictor
 from nowcast_service.predictors.graphs import Graphs

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nowcast_service import weights
 from nowcast_service.nino.checkpoint import load_checkpoint
-from nowcast_service.weights import Published, blob_id
+from nowcast_service.weights import registry as weights
+from nowcast_service.weights.registry import Published, blob_id
 
 from .command import nowcast
 from .nino.made import checkpoint

@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from nowcast_proto.errors import InvalidCheckpoint, NotFound, TooLarge, Unavailable, UnreadableFile
-from nowcast_service import weights
 from nowcast_service.nino.checkpoint import save_checkpoint
-from nowcast_service.weights import Published, blob_id, pull, resolve_checkpoint
+from nowcast_service.weights import registry as weights
+from nowcast_service.weights.registry import Published, blob_id, pull, resolve_checkpoint
 
 from .nino.made import checkpoint
 

@@ -1,1 +1,1 @@
-"""Checkpoints that come with the package; read them through `nowcast_service.weights`."""
+"""Checkpoints that come with the package; read them through `nowcast_service.weights.registry`."""

@@ -42,7 +42,7 @@ def graph(
 
     from nowcast_proto.spec import ArchitectureSpec
 
-    from nowcast_service.graph.build import build_graph
+    from nowcast_service.graph.wiring.build import build_graph
 
     architecture = ArchitectureSpec.read(spec)
     neural_graph = build_graph(architecture, max_features=max_features, uncovered=uncovered.value)

@@ -85,7 +85,7 @@ def predict(
     from nowcast_proto.spec import ArchitectureSpec
 
     from nowcast_service.commands._terminal import parse_bytes, progress_bar, set_up_logging
-    from nowcast_service.io import check_writable, read_positions, read_snapshot, write_parameters
+    from nowcast_service.files.snapshots import check_writable, read_positions, read_snapshot, write_parameters
 
     set_up_logging(verbose)
     timings: dict[str, float] = {}
@@ -131,7 +131,7 @@ def predict(
 def _predictor(name: str | None, checkpoint: str | None, edgewise: str | None, **options: Any) -> Any:
     from nowcast_service.commands._terminal import progress_bar
     from nowcast_service.predictors import BASELINES, make_predictor
-    from nowcast_service.weights import resolve_checkpoint
+    from nowcast_service.weights.registry import resolve_checkpoint
 
     def load(reference: str | None) -> Any:
         if reference is None:

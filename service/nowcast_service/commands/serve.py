@@ -48,7 +48,7 @@ def serve(
 
 def key(tenant: Annotated[str, typer.Option(help="Who the key is for.")] = "default") -> None:
     """Make a key. The key goes to its user, the hash to the service; the key is shown once."""
-    from nowcast_service.security import hash_key, new_key
+    from nowcast_service.runtime.keys import hash_key, new_key
 
     fresh = new_key()
     typer.echo(f"key:  {fresh}")
@@ -64,7 +64,7 @@ def run(given: dict[str, Any]) -> None:
     Raises:
         NowcastError: A setting is wrong, or the address cannot be bound.
     """
-    from nowcast_service import logs
+    from nowcast_service.observe import logs
     from nowcast_service.settings import Settings
 
     try:
@@ -80,8 +80,8 @@ def run(given: dict[str, Any]) -> None:
     import torch
     import uvicorn
 
-    from nowcast_service.app import create_app
-    from nowcast_service.connection import Connection
+    from nowcast_service.http.app import create_app
+    from nowcast_service.http.connection import Connection
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -201,7 +201,7 @@ def _url(settings: Any, listener: socket.socket) -> str:
 
 
 def _announce(path: Path, url: str) -> None:
-    from nowcast_service.files import replacing
+    from nowcast_service.files.replacing import replacing
 
     with replacing(path) as temporary:
         temporary.write_text(url + "\n")

@@ -21,7 +21,7 @@ def list_weights(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
     """List the registered names and which of them are at hand."""
-    from nowcast_service import weights
+    from nowcast_service.weights import registry as weights
 
     rows = [
         {
@@ -65,8 +65,8 @@ def pull(
     """Fetch published files, resuming what broke off, and check them. Prints the path of each."""
     from nowcast_proto.errors import InvalidRequest
 
-    from nowcast_service import weights
     from nowcast_service.commands._terminal import progress_bar, set_up_logging
+    from nowcast_service.weights import registry as weights
 
     set_up_logging(verbose)
     chosen = list(weights.PUBLISHED) if everything else [name for name in names or [] if name not in weights.SHIPPED]
@@ -87,7 +87,7 @@ def convert(
     from nowcast_proto.errors import InvalidRequest
 
     from nowcast_service.nino.checkpoint import save_checkpoint
-    from nowcast_service.weights import resolve_checkpoint
+    from nowcast_service.weights.registry import resolve_checkpoint
 
     if target.suffix != ".safetensors":
         raise InvalidRequest(f"target {target} has suffix {target.suffix!r}", expected=".safetensors")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nowcast_service.files import replacing
+from nowcast_service.files.replacing import replacing
 from nowcast_service.nino.config import NiNoConfig
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ class Graphs:
 
     def graph(self, spec: ArchitectureSpec) -> NeuralGraph:
         """The graph of an architecture; see `build_graph` for the errors."""
-        from nowcast_service.graph.build import build_graph
+        from nowcast_service.graph.wiring.build import build_graph
 
         key = spec.digest()
         with self._lock:

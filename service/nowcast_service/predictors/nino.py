@@ -63,7 +63,7 @@ class NiNo:
         progress: Progress | None = None,
         timings: dict[str, float] | None = None,
     ) -> None:
-        from nowcast_service.nino.engine import ExactEngine
+        from nowcast_service.nino.exact.engine import ExactEngine
 
         config = checkpoint.config
         if not config.gnn:

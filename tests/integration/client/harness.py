@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from nowcast_client import attach
-from nowcast_client.hook import Event
-from nowcast_client.transport import Retry
+from nowcast_client.handle import Event
+from nowcast_client.wire.transport import Retry
 from torch import nn
 
 from ...ports import free_port

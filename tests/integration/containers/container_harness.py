@@ -156,7 +156,7 @@ class Trainer:
         if api_key:
             environment["NOWCAST_API_KEY"] = api_key
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nowcast_client.demo", "--events", "--url", url, *arguments],
+            [sys.executable, "-m", "nowcast_lab.demo.training_job", "--events", "--url", url, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

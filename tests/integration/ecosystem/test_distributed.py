@@ -62,7 +62,7 @@ def traced(
     same: bool = False,
 ) -> dict[str, Any]:
     """A training that keeps the weights from before and after every step the hook acts on."""
-    import nowcast_client.distributed as module
+    import nowcast_client.ranks.distributed as module
     from nowcast_client.errors import PatchRefused
 
     model: nn.Module = ranks.network()
@@ -210,7 +210,7 @@ def off(rank: int, url: str) -> dict[str, Any]:
 
 def absent(rank: int, url: str) -> dict[str, Any]:
     """Rank 1 detaches early and tells nobody."""
-    import nowcast_client.distributed as module
+    import nowcast_client.ranks.distributed as module
 
     patience, module.PATIENCE = module.PATIENCE, 3.0
     model = wrapped("ddp", ranks.network())
@@ -227,7 +227,7 @@ def absent(rank: int, url: str) -> dict[str, Any]:
 
 
 def disagreeing(rank: int, url: str, how: str) -> str:
-    import nowcast_client.distributed as module
+    import nowcast_client.ranks.distributed as module
 
     if how == "missing":  # else a rank that is only late would be taken for one that never comes
         module.PATIENCE = 3.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from nowcast_service.app import OPEN_ROUTES, create_app
-from nowcast_service.security import hash_key, new_key
+from nowcast_service.http.app import OPEN_ROUTES, create_app
+from nowcast_service.runtime.keys import hash_key, new_key
 from nowcast_service.settings import Settings
 
 from .service_harness import Server, Training, ask, create, error, fetch, send, sequential, tensors

@@ -7,7 +7,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nowcast_proto.version import MEDIA_TYPE
-from nowcast_service.app import create_app
+from nowcast_service.http.app import create_app
 from nowcast_service.settings import Settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from nowcast_client.demo import letters
-from nowcast_client.demo.text import standard_library
-from nowcast_client.demo.train import TASKS, Job, share_of_peak, train
+from nowcast_lab.demo.training_job import letters
+from nowcast_lab.demo.training_job.text import standard_library
+from nowcast_lab.demo.training_job.train import TASKS, Job, share_of_peak, train
 from nowcast_proto.errors import UnreadableFile
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from nowcast_client.errors import AttachError
 from nowcast_client.loggers import describe
-from nowcast_client.savings import SMOOTHED, Alone, ahead
-from nowcast_client.trial import Floats
+from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
+from nowcast_client.loop.trial import Floats
 
 from ..ecosystem.loops import Watched, digits, network, step
 

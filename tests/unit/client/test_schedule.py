@@ -2,7 +2,7 @@
 
 import pytest
 from nowcast_client.errors import AttachError
-from nowcast_client.schedule import Cadence, default_period, horizons
+from nowcast_client.loop.cadence import Cadence, default_period, horizons
 
 
 def test_published_schedule() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nowcast_client.demo.gpt import GPT, GPTConfig
-from nowcast_client.spec import derive_spec, plain_name
+from nowcast_client.network.derive import derive_spec, plain_name
+from nowcast_lab.demo.training_job.gpt import GPT, GPTConfig
 from nowcast_proto.errors import UnsupportedArchitecture
 from torch import nn
 
@@ -143,7 +143,7 @@ def test_frozen_tensors_of_a_chain_stay_at_home() -> None:
 
 def test_families_are_known_to_the_graph_builder() -> None:
     """Every spec a live model gives can be wired, nothing left out in silence."""
-    build = pytest.importorskip("nowcast_service.graph.build")
+    build = pytest.importorskip("nowcast_service.graph.wiring.build")
     for make in (gpt2, llama, mistral, qwen2, qwen3, bert, roberta):
         graph = build.build_graph(derive_spec(make()))
         assert sum(entry.rule == "graph" for entry in graph.coverage) > 0.8 * len(graph.coverage), make.__name__

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from nowcast_client.api import NowcastClient
 from nowcast_client.errors import BadReply, ConnectFailed
-from nowcast_client.transport import FakeTransport, FaultyTransport, HttpTransport, Reply, Request, Retry, call
+from nowcast_client.wire.api import NowcastClient
+from nowcast_client.wire.transport import FakeTransport, FaultyTransport, HttpTransport, Reply, Request, Retry, call
 from nowcast_proto.arrays import frame_of
 from nowcast_proto.errors import Busy, DeadlineExceeded, InvalidSnapshot, MalformedFrame, NotFound, Unavailable
 from nowcast_proto.messages import NowcastReplyHeader, NowcastRequest

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from nowcast_client import attach
-from nowcast_client.hook import Event, Handle
-from nowcast_client.transport import Retry
+from nowcast_client.handle import Event, Handle
+from nowcast_client.wire.transport import Retry
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 

@@ -7,8 +7,8 @@ import torch
 from nowcast_proto.errors import InvalidSpec, UnsupportedArchitecture
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.graph.blocks import EdgeType
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.families import FAMILIES
+from nowcast_service.graph.wiring.build import build_graph
 
 from .specs import gpt2, llama, spec_of
 

@@ -9,8 +9,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from nowcast_proto.errors import InvalidRequest, UnreadableFile
 from nowcast_service.cli import main
 from nowcast_service.graph.blocks import EdgeType
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.draw import COLOURS, adjacency, draw, layered
+from nowcast_service.graph.wiring.build import build_graph
 
 from .specs import gpt2, llama, spec_of
 

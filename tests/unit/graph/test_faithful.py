@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_service.graph.build import build_graph
+from nowcast_service.graph.wiring.build import build_graph
 from torch import Tensor, nn
 
 from .fingerprint import fingerprint

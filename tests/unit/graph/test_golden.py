@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.pyg import edge_values, scatter, to_pyg
+from nowcast_service.graph.wiring.build import build_graph
 
 from .golden import GOLDEN, load
 

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nowcast_service.graph import positional
 from nowcast_service.graph.blocks import Block, EdgeType, NeuralGraph
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.positional import (
     NormalisedLaplacian,
     laplacian_eigenvalues,
     layout_digest,
     positional_encoding,
 )
+from nowcast_service.graph.wiring.build import build_graph
 
 from .golden import GOLDEN, load
 from .specs import gpt2, llama, spec_of

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nowcast_proto.errors import InvalidSnapshot
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.pyg import edge_values, scatter, to_pyg
+from nowcast_service.graph.wiring.build import build_graph
 
 from .specs import gpt2, llama, spec_of
 

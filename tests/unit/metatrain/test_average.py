@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nowcast_lab.metatrain.average import average
+from nowcast_lab.metatrain.widen import widen
 from nowcast_proto.errors import InvalidCheckpoint
 from nowcast_service.cli import build_app
-from nowcast_service.metatrain.average import average
-from nowcast_service.metatrain.widen import widen
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from nowcast_service.weights import resolve_checkpoint
+from nowcast_service.weights.registry import resolve_checkpoint
 from typer.testing import CliRunner
 
 

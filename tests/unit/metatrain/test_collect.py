@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nowcast_proto.errors import InvalidSnapshot, TooLarge
-from nowcast_service.metatrain.collect import (
+from nowcast_lab.evaluate.tasks import TASKS
+from nowcast_lab.metatrain.collect import (
     VectorOptimizer,
     collect,
     draw_trainings,
@@ -20,16 +20,16 @@ from nowcast_service.metatrain.collect import (
     nowcaster,
     train_group,
 )
-from nowcast_service.metatrain.data import CODE, CODE_BYTES, Text, load
-from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
-from nowcast_service.metatrain.heldout import why_held_out
-from nowcast_service.metatrain.imports import import_snapshots, ordered_files
-from nowcast_service.metatrain.recipes import RECIPES, Group, Nowcasts, Recipe, read_recipe
-from nowcast_service.metatrain.sampler import Sampler, SamplerConfig
-from nowcast_service.metatrain.store import TrajectoryStore
-from nowcast_service.metatrain.tasks import TASKS
-from nowcast_service.metatrain.zoo import Arch
-from nowcast_service.weights import resolve_checkpoint
+from nowcast_lab.metatrain.data import CODE, CODE_BYTES, Text, load
+from nowcast_lab.metatrain.errors import InvalidRecipe, InvalidTrajectories
+from nowcast_lab.metatrain.heldout import why_held_out
+from nowcast_lab.metatrain.imports import import_snapshots, ordered_files
+from nowcast_lab.metatrain.recipes import RECIPES, Group, Nowcasts, Recipe, read_recipe
+from nowcast_lab.metatrain.sampler import Sampler, SamplerConfig
+from nowcast_lab.metatrain.store import TrajectoryStore
+from nowcast_lab.metatrain.zoo import Arch
+from nowcast_proto.errors import InvalidSnapshot, TooLarge
+from nowcast_service.weights.registry import resolve_checkpoint
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch.func import grad, vmap

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nowcast_lab.evaluate.report import markdown, paired_p, reports
+from nowcast_lab.evaluate.run import Arm, Local, Plan, execute, expand, read_arms, read_runs, run
+from nowcast_lab.evaluate.tasks import TASKS
+from nowcast_lab.metatrain.data import load
+from nowcast_lab.metatrain.errors import InvalidRecipe
 from nowcast_proto.errors import UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_service.metatrain.data import load
-from nowcast_service.metatrain.errors import InvalidRecipe
-from nowcast_service.metatrain.evaluate import Arm, Local, Plan, execute, expand, read_arms, read_runs, run
-from nowcast_service.metatrain.report import markdown, paired_p, reports
-from nowcast_service.metatrain.tasks import TASKS
 from nowcast_service.predictors import make_predictor
 from torch import Tensor
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nowcast_lab.metatrain.forward import check_trainable, forward
+from nowcast_lab.metatrain.graphs import prepare
+from nowcast_lab.metatrain.train import TrainConfig, initial_network
+from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import InvalidCheckpoint
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.positional import laplacian_eigenvalues
 from nowcast_service.graph.pyg import to_pyg
-from nowcast_service.metatrain.forward import check_trainable, forward
-from nowcast_service.metatrain.graphs import prepare
-from nowcast_service.metatrain.train import TrainConfig, initial_network
-from nowcast_service.metatrain.zoo import Arch
+from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.nino.config import NiNoConfig
 
 ARCHS = [

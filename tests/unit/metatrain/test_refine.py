@@ -14,14 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from nowcast_proto.errors import Unavailable, UnreadableFile
-from nowcast_service.history import History
-from nowcast_service.metatrain.collect import batches, initial_parameters
-from nowcast_service.metatrain.data import Text, load
-from nowcast_service.metatrain.errors import InvalidRecipe, InvalidTrajectories
-from nowcast_service.metatrain.graphs import prepare
-from nowcast_service.metatrain.recipes import Group, Recipe, read_recipe
-from nowcast_service.metatrain.refine import (
+from nowcast_lab.metatrain.collect import batches, initial_parameters
+from nowcast_lab.metatrain.data import Text, load
+from nowcast_lab.metatrain.errors import InvalidRecipe, InvalidTrajectories
+from nowcast_lab.metatrain.graphs import prepare
+from nowcast_lab.metatrain.recipes import Group, Recipe, read_recipe
+from nowcast_lab.metatrain.refine import (
     CLIP,
     Episode,
     Outcome,
@@ -31,11 +29,13 @@ from nowcast_service.metatrain.refine import (
     loss_gradients,
     refine,
 )
-from nowcast_service.metatrain.train import TrainConfig, basis, exported, imported, initial_network
-from nowcast_service.metatrain.zoo import Arch
+from nowcast_lab.metatrain.train import TrainConfig, basis, exported, imported, initial_network
+from nowcast_lab.metatrain.zoo import Arch
+from nowcast_proto.errors import Unavailable, UnreadableFile
+from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nowcast_service.predictors import make_predictor
-from nowcast_service.weights import resolve_checkpoint
+from nowcast_service.weights.registry import resolve_checkpoint
 
 CPU = torch.device("cpu")
 MLP = Arch(kind="mlp", widths=(6,), channels=1, size=8)

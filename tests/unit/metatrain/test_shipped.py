@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from nowcast_service.metatrain.heldout import why_held_out
-from nowcast_service.metatrain.recipes import Recipe, read_recipe
-from nowcast_service.metatrain.refine import RefineConfig
-from nowcast_service.metatrain.store import Manifest, TrajectoryStore
-from nowcast_service.weights import DEFAULT, SHIPPED, resolve_checkpoint, shipped_path
+from nowcast_lab.metatrain.heldout import why_held_out
+from nowcast_lab.metatrain.recipes import Recipe, read_recipe
+from nowcast_lab.metatrain.refine import RefineConfig
+from nowcast_lab.metatrain.store import Manifest, TrajectoryStore
+from nowcast_service.weights.registry import DEFAULT, SHIPPED, resolve_checkpoint, shipped_path
 
 MANIFEST = Path(__file__).parents[3] / "docs" / "results" / "nowcast-h32-trajectories.json"
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nowcast_proto.errors import UnreadableFile
-from nowcast_service.history import History
-from nowcast_service.metatrain.collect import collect
-from nowcast_service.metatrain.errors import InvalidTrajectories
-from nowcast_service.metatrain.recipes import Group, Recipe
-from nowcast_service.metatrain.sampler import Sampler, SamplerConfig, scale_item
-from nowcast_service.metatrain.store import TrajectoryStore
-from nowcast_service.metatrain.train import (
+from nowcast_lab.metatrain.collect import collect
+from nowcast_lab.metatrain.errors import InvalidTrajectories
+from nowcast_lab.metatrain.recipes import Group, Recipe
+from nowcast_lab.metatrain.sampler import Sampler, SamplerConfig, scale_item
+from nowcast_lab.metatrain.store import TrajectoryStore
+from nowcast_lab.metatrain.train import (
     STILL,
     TrainConfig,
     basis,
@@ -25,7 +23,9 @@ from nowcast_service.metatrain.train import (
     item_loss,
     train,
 )
-from nowcast_service.metatrain.zoo import Arch
+from nowcast_lab.metatrain.zoo import Arch
+from nowcast_proto.errors import UnreadableFile
+from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
 

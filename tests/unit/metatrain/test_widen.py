@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from nowcast_lab.metatrain.recipes import Group, Recipe
+from nowcast_lab.metatrain.refine import RefineConfig, refine
+from nowcast_lab.metatrain.widen import widen
+from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import InvalidCheckpoint
 from nowcast_service.cli import build_app
 from nowcast_service.history import History
-from nowcast_service.metatrain.recipes import Group, Recipe
-from nowcast_service.metatrain.refine import RefineConfig, refine
-from nowcast_service.metatrain.widen import widen
-from nowcast_service.metatrain.zoo import Arch
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
 from nowcast_service.predictors import make_predictor
-from nowcast_service.weights import resolve_checkpoint
+from nowcast_service.weights.registry import resolve_checkpoint
 from typer.testing import CliRunner
 
 ARCHS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from nowcast_service.memory import Peak
-from nowcast_service.nino.engine import ExactEngine
+from nowcast_service.nino.exact.engine import ExactEngine
+from nowcast_service.runtime.memory import Peak
 
 from .random_graphs import random_checkpoint, random_graph, random_history, random_positions
 

@@ -18,9 +18,9 @@ from nowcast_proto.errors import (
 )
 from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.history import History
-from nowcast_service.nino import engine_plan
 from nowcast_service.nino.checkpoint import Checkpoint
-from nowcast_service.nino.engine import ExactEngine
+from nowcast_service.nino.exact import plan as engine_plan
+from nowcast_service.nino.exact.engine import ExactEngine
 from nowcast_service.nino.model import NiNoTwin
 from torch import Tensor
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import numba
 import pytest
 import torch
-from nowcast_service.nino import engine
-from nowcast_service.nino.engine import ExactEngine
+from nowcast_service.nino.exact import engine
+from nowcast_service.nino.exact.engine import ExactEngine
 from numba.core.caching import CacheImpl
 from torch.nn.functional import silu
 
 from .random_graphs import by_twin, random_checkpoint, random_graph, random_history, random_positions, relative_error
 
-KERNELS = "nowcast_service.nino.engine_kernels"
+KERNELS = "nowcast_service.nino.exact.kernels"
 
 
 def test_silu_over_all_its_range() -> None:
-    from nowcast_service.nino.engine_kernels import add_silu
+    from nowcast_service.nino.exact.kernels import add_silu
 
     x = torch.cat(
         [torch.linspace(-80, 80, 1_000_001), torch.logspace(-30, 30, 10_000), -torch.logspace(-30, 1.9, 10_000)]
@@ -36,7 +36,7 @@ def test_silu_over_all_its_range() -> None:
 
 
 def test_silu_of_what_is_not_a_number_or_out_of_range() -> None:
-    from nowcast_service.nino.engine_kernels import add_silu
+    from nowcast_service.nino.exact.kernels import add_silu
 
     x = torch.tensor([float("nan"), float("inf"), 1e38, 500.0, 0.0, -0.0, -90.0, -500.0, -1e30])
     nothing = torch.zeros(1, len(x)).numpy()
@@ -51,7 +51,7 @@ def test_silu_of_what_is_not_a_number_or_out_of_range() -> None:
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 33, 128])
 @pytest.mark.parametrize(("sources", "targets"), [(5, 3), (1, 3), (5, 1), (1, 1)])
 def test_adds_the_terms_of_both_ends(width: int, sources: int, targets: int) -> None:
-    from nowcast_service.nino.engine_kernels import add_silu
+    from nowcast_service.nino.exact.kernels import add_silu
 
     draw = torch.Generator().manual_seed(width)
     f, s, t = (torch.randn(shape, generator=draw) for shape in ((5, 3, width), (sources, width), (targets, width)))

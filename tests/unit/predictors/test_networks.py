@@ -6,8 +6,8 @@ import pytest
 import torch
 from nowcast_proto.errors import HorizonOutOfRange, InvalidCheckpoint, InvalidRequest, InvalidSnapshot
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.pyg import scatter, to_pyg
+from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
 from nowcast_service.predictors import make_predictor, wnn

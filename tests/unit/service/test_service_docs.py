@@ -10,8 +10,8 @@ import pytest
 from nowcast_proto import errors, version
 from nowcast_proto.arrays import float32_of
 from nowcast_proto.stream import Decoder
-from nowcast_service.app import create_app
-from nowcast_service.metrics import Metrics
+from nowcast_service.http.app import create_app
+from nowcast_service.observe.metrics import Metrics
 from nowcast_service.settings import Settings
 from pydantic import ByteSize
 

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, InvalidSnapshot, TooLarge, Unavailable
-from nowcast_service.engine import Engine
+from nowcast_service.runtime.device_queue import Engine
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import logging
 
 import pytest
 from nowcast_proto.errors import Unauthorized, UnreadableFile
-from nowcast_service.logs import FIELDS, JsonFormatter, TextFormatter
-from nowcast_service.security import ANONYMOUS, KeyRing, hash_key, new_key
+from nowcast_service.observe.logs import FIELDS, JsonFormatter, TextFormatter
+from nowcast_service.runtime.keys import ANONYMOUS, KeyRing, hash_key, new_key
 from nowcast_service.settings import Settings, is_loopback
 from pydantic import ValidationError
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from nowcast_client.spec import UNKNOWN_FAMILY, derive_spec
+from nowcast_client.network.derive import UNKNOWN_FAMILY, derive_spec
 from nowcast_proto.errors import UnsupportedArchitecture
-from nowcast_service.graph.build import build_graph
+from nowcast_service.graph.wiring.build import build_graph
 from torch import nn
 
 from .networks import NETWORKS, Nano

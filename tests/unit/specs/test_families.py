@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nowcast_client.spec import derive_spec
-from nowcast_service.graph.build import build_graph
+from nowcast_client.network.derive import derive_spec
 from nowcast_service.graph.check import Network, check
 from nowcast_service.graph.symmetry import claims, moved_tensors
+from nowcast_service.graph.wiring.build import build_graph
 from torch import nn
 
 from ..graph.fingerprint import fingerprint

@@ -11,12 +11,12 @@ import pytest
 import torch
 from nowcast_client import attach
 from nowcast_client.errors import AttachError
-from nowcast_client.spec import derive_spec
+from nowcast_client.network.derive import derive_spec
 from nowcast_proto.errors import InvalidSpec, NowcastError, UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.table import MAX_ELEMENTS, DeclaredTable
-from nowcast_service.graph.build import build_graph
 from nowcast_service.graph.declared import MAX_WORK
+from nowcast_service.graph.wiring.build import build_graph
 
 from ..command import nowcast
 

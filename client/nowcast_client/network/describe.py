@@ -1,0 +1,47 @@
+"""``python -m nowcast_client.network.describe module:function``: the spec of the model that a function builds, as JSON.
+
+A process of its own, so that a service's command line can ask for it without knowing the client. An error is the last
+line of standard error, as JSON, with exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nowcast_proto.errors import NowcastError
+from nowcast_proto.reference import load_function
+
+from nowcast_client.network.derive import derive_spec
+
+FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the spec to standard output.
+
+    Args:
+        arguments: Those of the process where None.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m nowcast_client.network.describe", description=__doc__)
+    parser.add_argument("model", help="module:function; the function returns the model, or the model and its inputs")
+    parser.add_argument("--table", help="JSON document that says how the network is wired")
+    parser.add_argument("--include-frozen", action="store_true", help="list parameters that do not train as well")
+    given = parser.parse_args(arguments)
+    try:
+        built = load_function(given.model)()
+        model = built[0] if isinstance(built, tuple) else built
+        spec = derive_spec(model, include_frozen=given.include_frozen, table=given.table)
+    except NowcastError as error:
+        sys.stderr.write("\n" + error.body().model_dump_json() + "\n")
+        return FAILED
+    sys.stdout.write(spec.canonical() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

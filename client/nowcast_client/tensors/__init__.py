@@ -1,0 +1,1 @@
+"""The network's tensors: how they lie, snapshots of them, patches to them."""

@@ -1,0 +1,1 @@
+"""The way to the service and what is said on it."""

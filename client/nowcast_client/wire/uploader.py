@@ -1,0 +1,343 @@
+"""The one background thread: hash, encode, send, ask, fetch, check. The trainer hands over jobs and picks up results.
+
+Nothing here touches live parameters. A job that fails becomes a `Failed` result, never an exception in a thread nobody
+watches. A snapshot that could not be sent is not lost: the nowcast that needs it finds it missing and sends it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from nowcast_proto.errors import Conflict, NowcastError
+from nowcast_proto.messages import CoverageReport, NowcastJob, Outcome
+from torch import Tensor
+
+from nowcast_client.network import coverage
+from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, views
+from nowcast_client.tensors.patch import Patch, verify
+from nowcast_client.tensors.snapshot import Ring, Slot, movement
+from nowcast_client.wire.session import Frames, Session
+
+log = logging.getLogger("nowcast")
+
+
+@dataclass
+class Window:
+    """The snapshots of one nowcast.
+
+    Attributes:
+        slots: Snapshots held here, oldest first.
+        remote: Steps only the service holds (after a resume), older than the slots.
+        moved: Largest norm of each tensor's change over one stride, as far as known.
+        cancelled: Set when nobody wants the nowcast any more.
+    """
+
+    slots: list[Slot] = field(default_factory=list)
+    remote: tuple[int, ...] = ()
+    moved: dict[str, float] = field(default_factory=dict)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of all its snapshots, oldest first."""
+        return (*self.remote, *(slot.step for slot in self.slots))
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A snapshot is complete at the service."""
+
+    step: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A nowcast that passed every check."""
+
+    window: Window
+    patch: Patch
+    stretch: float
+    seconds: float
+    predictor: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that came to nothing.
+
+    Attributes:
+        kind: ``snapshot``, ``nowcast``, ``resume`` or ``verdict``.
+        step: Step the job was for.
+        error: What it met.
+        window: The nowcast's window, given up; None for other jobs.
+    """
+
+    kind: str
+    step: int
+    error: Exception
+    window: Window | None = None
+
+
+Result = Uploaded | Arrived | Failed
+
+
+class Uploader:
+    """Runs jobs one after another in a daemon thread.
+
+    Args:
+        session: The session with the service.
+        ring: Gets slots back when they are done with.
+        layout: What nowcasts are checked against.
+        upload_seconds: Most seconds for one snapshot.
+        nowcast_seconds: Most seconds for one nowcast, lost snapshots included.
+        patch_bound: See `nowcast_client.tensors.patch.verify`.
+        keep_base: Keep the newest snapshot with the patch, for overwriting newer steps.
+
+    Attributes:
+        coverage: What the service does with each parameter, once it has said so.
+        in_one_piece: Whether a nowcast's tensors are to lie in one stretch of memory, for a broadcast.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ring: Ring,
+        layout: Layout,
+        *,
+        upload_seconds: float,
+        nowcast_seconds: float,
+        patch_bound: float,
+        keep_base: bool,
+    ) -> None:
+        self.session = session
+        self.results: deque[Result] = deque()
+        self.arrived = threading.Condition()
+        self._ring = ring
+        self._layout = layout
+        self._upload_seconds = upload_seconds
+        self._nowcast_seconds = nowcast_seconds
+        self._patch_bound = patch_bound
+        self._keep_base = keep_base
+        self.in_one_piece = False
+        self.coverage: CoverageReport | None = None
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._open_jobs = 0
+        self._current: Window | None = None
+        self._closing = False
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nowcast-uploader", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------- called by the trainer
+
+    def snapshot(self, window: Window, slot: Slot) -> None:
+        """Send a snapshot. The slot is already in the window."""
+        older = window.slots[-2] if len(window.slots) > 1 else None
+        self._submit(lambda: self._snapshot(window, slot, older))
+
+    def ask(self, window: Window, job: NowcastJob) -> None:
+        """Ask for the nowcast of a full window."""
+        self._submit(lambda: self._nowcast(window, job))
+
+    def open(self) -> None:
+        """Open the session, so that the service says what it makes of the network before the first snapshot."""
+        self._submit(self._open)
+
+    def take_up(self, session_id: str, window: Window) -> None:
+        """Go on with an earlier session; find out whether the service still holds the window's remote steps."""
+        left = self.session.take_up(session_id)
+        if left is not None:
+            self._submit(lambda: self._forget(left))
+        if window.remote:
+            self._submit(lambda: self._resume(window))
+
+    def drop(self, window: Window) -> None:
+        """Nobody wants this window any more; its slots come back as soon as nothing reads them."""
+        window.cancelled.set()
+        self._submit(lambda: self._release(window))
+
+    def verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
+        """Tell the service what became of a nowcast."""
+        self._submit(lambda: self._verdict(nowcast, outcome, reason, step))
+
+    def answered(self, window: Window) -> bool:
+        """Whether the answer to a window's nowcast, or its failure, waits among the results."""
+        return any(getattr(result, "window", None) is window for result in list(self.results))
+
+    def idle(self, timeout: float) -> bool:
+        """Wait until no job is left; returns whether that is so."""
+        with self.arrived:
+            return self.arrived.wait_for(lambda: self._open_jobs == 0, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Give up what runs, say goodbye to the service, end the thread.
+
+        Returns:
+            Whether the thread ended within ``timeout`` seconds; it is a daemon and holds up nothing otherwise.
+        """
+        self._closing = True
+        self._ending.set()
+        current = self._current
+        if current is not None:
+            current.cancelled.set()
+        self._jobs.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------- in the thread
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        if self._closing:
+            return
+        with self.arrived:
+            self._open_jobs += 1
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        _step_back()
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                break
+            try:
+                if not self._closing:
+                    job()
+            finally:
+                with self.arrived:
+                    self._open_jobs -= 1
+                    self.arrived.notify_all()
+        try:
+            self.session.stop = None
+            self.session.delete(time.monotonic() + 1.0)
+        except Exception as exc:  # the service forgets idle sessions by itself
+            log.debug("the session was not deleted: %s", exc)
+
+    def _report(self, result: Result) -> None:
+        with self.arrived:
+            self.results.append(result)
+            self.arrived.notify_all()
+
+    def _begin(self, window: Window) -> None:
+        self._current = window
+        self.session.stop = window.cancelled
+        if self._closing:
+            window.cancelled.set()
+
+    def _snapshot(self, window: Window, slot: Slot, older: Slot | None) -> None:
+        if window.cancelled.is_set():
+            return
+        self._begin(window)
+        start = time.monotonic()
+        try:
+            frames = slot.encode()
+            if older is not None:
+                for name, norm in movement(older, slot).items():
+                    window.moved[name] = max(norm, window.moved.get(name, 0.0))
+            try:
+                self.session.upload(slot.step, lambda: frames, start + self._upload_seconds)
+            except Conflict:
+                # The service knows other weights of this step: those of a run this one was resumed over.
+                self.session.renew()
+                self.session.upload(slot.step, lambda: frames, start + self._upload_seconds)
+        except Exception as exc:
+            if not window.cancelled.is_set():
+                self._report(Failed("snapshot", slot.step, exc))
+        else:
+            self._report(Uploaded(slot.step, sum(len(f.view()) for f in frames), time.monotonic() - start))
+
+    def _nowcast(self, window: Window, job: NowcastJob) -> None:
+        step = job.steps[-1]
+        if window.cancelled.is_set():
+            return
+        self._begin(window)
+        start = time.monotonic()
+        try:
+            history: dict[int, Frames | None] = dict.fromkeys(window.remote)
+            history |= {slot.step: slot.encode for slot in window.slots}
+            header, frames = self.session.nowcast(job, history, start + self._nowcast_seconds)
+            deltas = {f.name: tensor_of(f.view(), f.dtype, f.shape) for f in frames}
+            stretch = verify(deltas, self._layout, window.moved, job.k, self._patch_bound)
+            base = window.slots[-1].buffers if self._keep_base else None
+            flat = None
+            if self.in_one_piece:
+                flat = torch.cat([deltas[name].view(-1) for name in self._layout.parameters])
+                deltas = views(flat, self._layout)
+            patch = Patch(job.nowcast, step, job.k, deltas, base, flat)
+        except Exception as exc:
+            self._release(window)
+            if not window.cancelled.is_set():
+                self._report(Failed("nowcast", step, exc, window))
+        else:
+            if base is None:
+                self._release(window)
+            self._note(header.coverage)
+            self._report(Arrived(window, patch, stretch, time.monotonic() - start, header.predictor))
+
+    def _open(self) -> None:
+        self.session.stop = self._ending
+        try:
+            self._note(self.session.open(time.monotonic() + self._upload_seconds).coverage)
+        except NowcastError as exc:  # the first snapshot opens it, or says why not
+            log.debug("the session was not opened at attach: %s", exc)
+
+    def _forget(self, session_id: str) -> None:
+        self.session.stop = self._ending
+        try:
+            self.session.delete(time.monotonic() + 2.0, session_id)
+        except NowcastError as exc:  # the service forgets idle sessions by itself
+            log.debug("session %s was not deleted: %s", session_id, exc)
+
+    def _note(self, report: CoverageReport | None) -> None:
+        """Show once what the service does with each parameter."""
+        if report is not None and self.coverage is None:
+            log.info("%s", coverage.lines(report, self.session.spec.family))
+        self.coverage = report or self.coverage
+
+    def _resume(self, window: Window) -> None:
+        self._begin(window)
+        step = window.remote[-1]
+        try:
+            state = self.session.state(time.monotonic() + self._upload_seconds)
+            held = {s.step for s in state.snapshots if s.state == "complete"} if state else set()
+            if not held.issuperset(window.remote):
+                raise NowcastError("the service no longer holds the window this training was saved in")
+        except Exception as exc:
+            self._report(Failed("resume", step, exc, window))
+
+    def _verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
+        self.session.stop = None
+        try:
+            self.session.verdict(nowcast, outcome, reason, step, time.monotonic() + 2.0)
+        except Exception as exc:
+            self._report(Failed("verdict", step, exc))
+
+    def _release(self, window: Window) -> None:
+        for slot in window.slots:
+            with suppress(NowcastError):
+                slot.wait()  # nothing may still be arriving in memory that is used again
+            self._ring.release(slot)
+        window.slots = []
+
+
+def tensor_of(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over received bytes, without a copy."""
+    return torch.frombuffer(data, dtype=WIRE_DTYPES[dtype]).reshape(shape)
+
+
+def _step_back() -> None:
+    """Let the trainer go first: on Linux a thread has a niceness of its own."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+    except (AttributeError, OSError) as exc:
+        log.debug("the uploader runs at normal priority: %s", exc)

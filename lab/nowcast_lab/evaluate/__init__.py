@@ -1,0 +1,1 @@
+"""Time to target: trainings with and without nowcasts, compared."""

@@ -1,0 +1,1 @@
+"""From a spec to the blocks of its neural graph."""

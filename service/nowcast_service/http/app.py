@@ -1,0 +1,176 @@
+"""The application: a gate in front (keys, logs, counts, last resort), the routes behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from nowcast_proto.errors import InternalError, NowcastError, Unavailable
+from nowcast_proto.messages import (
+    NowcastJob,
+    NowcastReplyHeader,
+    NowcastRequest,
+    SessionCreate,
+    SnapshotHeader,
+    Verdict,
+)
+from nowcast_proto.version import ROUTE_HEALTH, ROUTE_READY
+from pydantic.json_schema import models_json_schema
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nowcast_service.http.errors import error_response, install
+from nowcast_service.http.routes import router
+from nowcast_service.observe.logs import FIELDS
+from nowcast_service.runtime.answer import Catalogue
+from nowcast_service.runtime.service import Service, version
+from nowcast_service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OPEN_ROUTES = frozenset({ROUTE_HEALTH, ROUTE_READY})
+"""Routes that need no key, for probes."""
+_DOCUMENTED = (SessionCreate, NowcastJob, Verdict, NowcastRequest, NowcastReplyHeader, SnapshotHeader)
+
+
+class Gate:
+    """Outermost layer. Checks the key before anything else is looked at, counts and logs each request, and answers
+    what nothing else did: a bug becomes an error body that discloses nothing.
+
+    Args:
+        app: What lies behind.
+        service: Keys and metrics.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection event of ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if scope["path"] not in OPEN_ROUTES:
+                headers = dict(scope["headers"])
+                value = headers.get(b"authorization")
+                scope["nowcast_tenant"] = self._service.keys.tenant(value.decode("latin-1") if value else None)
+            await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or 499
+            scope["nowcast_error"] = "client_gone"
+        except NowcastError as exc:
+            scope["nowcast_error"] = exc.code
+            await error_response(exc)(scope, receive, watched)
+        except asyncio.CancelledError:  # the time to shut down in is over
+            scope["nowcast_error"] = Unavailable.code
+            if not status:
+                error = Unavailable("the service is gone before the answer was there", retry_after=5.0)
+                await error_response(error)(scope, receive, watched)
+        except Exception:  # the last resort; the traceback goes to the log, never to the peer
+            log.exception("a request failed")
+            scope["nowcast_error"] = InternalError.code
+            if status:
+                raise  # the answer has begun: only cutting the connection tells the peer
+            error = InternalError("the request failed inside the service", remedy="see its log")
+            await error_response(error)(scope, receive, watched)
+        finally:
+            self._note(scope, status, time.monotonic() - began)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        metrics = self._service.metrics
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in ("GET", "PUT", "POST", "DELETE") else "other"
+        metrics.requests.labels(route, method, str(status)).inc()
+        code = scope.get("nowcast_error")
+        if code is not None:
+            metrics.failures.labels(code).inc()
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "tenant": scope.get("nowcast_tenant", "-"),
+            **({"error": code} if code else {}),
+            **scope.get("path_params", {}),
+        }
+        quiet = route in OPEN_ROUTES and status == 200
+        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={FIELDS: fields})
+
+
+def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None = None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        settings: How it is set up; from the environment when absent.
+        catalogue: What it predicts with; from the settings when absent.
+
+    Returns:
+        A FastAPI application whose ``state.service`` is its `Service`.
+
+    Raises:
+        NowcastError: Keys, checkpoint or predictor of the settings cannot be used.
+    """
+    service = Service(settings or Settings(), catalogue)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        housekeeping = asyncio.create_task(service.keep_house())
+        yield
+        housekeeping.cancel()
+        service.engine.stop()
+
+    app = FastAPI(
+        title="Nowcast",
+        summary="Predicts where a training job's weights are heading.",
+        description="Tensors travel as `application/vnd.nowcast.v1` streams (see docs/protocol.md), all else as JSON.",
+        version=version(),
+        lifespan=lifespan,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.service = service
+    app.include_router(router)
+    install(app)
+    app.add_middleware(Gate, service=service)
+    _document(app, service)
+    return app
+
+
+def _document(app: FastAPI, service: Service) -> None:
+    """Add what FastAPI cannot see to the OpenAPI document: bodies the endpoints read themselves, and the key."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            _, found = models_json_schema(
+                [(model, "validation") for model in _DOCUMENTED], ref_template="#/components/schemas/{model}"
+            )
+            components = document.setdefault("components", {})
+            components["schemas"] = {**found.get("$defs", {}), **components.get("schemas", {})}
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            if service.settings.has_keys:
+                document["security"] = [{"key": []}]
+                for path in OPEN_ROUTES:
+                    document["paths"][path]["get"]["security"] = []
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""The exact engine: NiNo without a hidden vector per edge."""

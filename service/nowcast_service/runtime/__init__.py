@@ -1,0 +1,1 @@
+"""What the service does whoever asks: sessions, budgets, the device queue."""

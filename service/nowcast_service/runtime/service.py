@@ -1,0 +1,228 @@
+"""All that one service process holds, and the few things that need several parts of it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nowcast_proto.errors import Busy, NowcastError, Unavailable
+
+from nowcast_service.observe.metrics import Metrics
+from nowcast_service.runtime.answer import Catalogue, Key, Prediction, probe
+from nowcast_service.runtime.device_queue import Engine, Job, Place
+from nowcast_service.runtime.keys import KeyRing
+from nowcast_service.runtime.memory import Trimmer
+from nowcast_service.runtime.sessions import Budget, SessionStore
+from nowcast_service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_PROBE_EVERY = 5.0
+_LINGER = 5.0
+"""Seconds a drained service waits for finished answers to be fetched."""
+
+
+@functools.cache
+def version() -> str:
+    """Version of the installed distribution."""
+    return importlib.metadata.version("nowcast-sidecar")
+
+
+class Service:
+    """One service.
+
+    Args:
+        settings: How it is set up.
+        catalogue: What it predicts with; read from the settings when absent.
+
+    Raises:
+        NowcastError: Keys, checkpoint or predictor of the settings cannot be used.
+    """
+
+    def __init__(self, settings: Settings, catalogue: Catalogue | None = None) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.keys = KeyRing.of(settings)
+        self.catalogue = catalogue or Catalogue.of(settings)
+        self.budget = Budget(int(settings.budget))
+        self.memory = Trimmer()
+        self.engine = Engine(max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key)
+        self.sessions = SessionStore(
+            self.budget,
+            tenant_bytes=int(settings.tenant_budget),
+            session_bytes=int(settings.session_budget),
+            max_sessions=settings.max_sessions,
+            max_sessions_per_tenant=settings.max_sessions_per_key,
+            expiry=settings.session_expiry,
+            evict_after=settings.evict_after,
+            results=settings.results_per_session,
+            on_drop=self._dropped,
+        )
+        self._uploads = 0
+        self._probed: float | None = None
+        self._probe: Job[float] | None = None
+        watch = self.metrics.watch
+        watch(self.metrics.queue, lambda: self.engine.waiting)
+        watch(self.metrics.running, lambda: float(self.engine.running_for > 0))
+        watch(self.metrics.sessions, lambda: len(self.sessions))
+        watch(self.metrics.held, lambda: self.budget.used)
+        watch(self.metrics.budget, lambda: self.budget.total)
+
+    def _dropped(self, reason: str) -> None:
+        self.metrics.dropped.labels(reason).inc()
+        self.memory.freed()
+
+    async def keep_house(self) -> None:
+        """Drop sessions that expire and hand back freed memory, as long as the service runs."""
+        while True:
+            await asyncio.sleep(1.0)
+            self.sessions.sweep()
+            if self.memory.due and self.engine.idle and not self._uploads:
+                await asyncio.to_thread(self.memory.run)
+
+    @contextmanager
+    def upload(self) -> Iterator[None]:
+        """A turn to send a body.
+
+        Raises:
+            Busy: As many bodies as allowed are arriving.
+        """
+        if self._uploads >= self.settings.max_uploads:
+            raise Busy(
+                f"{self._uploads} bodies are arriving already",
+                expected=f"at most {self.settings.max_uploads} at once",
+                remedy="try again after Retry-After",
+                retry_after=1.0,
+            )
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
+
+    def submit(self, place: Place, key: Key, work: Callable[[], Prediction], *, seconds: float) -> Job[Prediction]:
+        """Queue a nowcast and count it when it ends."""
+        label = key[0] or "nino"
+
+        # The job comes as an argument: a closure over it would be a cycle, and hold its tensors until it is collected.
+        def count(job: Job[Prediction]) -> None:
+            self.memory.freed()
+            failed = job.state == "failed"
+            self.metrics.nowcasts.labels(label, "failed" if failed else "ok").inc()
+            if job.started is not None:
+                self.metrics.stages.labels("queue").observe(job.started - job.enqueued)
+            if not failed:
+                prediction = job.result()
+                self.metrics.stages.labels("compute").observe(prediction.compute)
+                self.metrics.stages.labels("output").observe(prediction.output)
+
+        return self.engine.submit(place, work, seconds=seconds, ended=count)
+
+    def count_in(self, nbytes: int) -> None:
+        """Count bytes of a body received."""
+        self.metrics.bytes.labels("in").inc(nbytes)
+
+    def count_out(self, nbytes: int) -> None:
+        """Count bytes of a body sent."""
+        self.metrics.bytes.labels("out").inc(nbytes)
+
+    async def readiness(self) -> dict[str, float]:
+        """Check that work gets done: a real forward pass went through the queue lately, and nothing is stuck.
+
+        Returns:
+            Check -> seconds.
+
+        Raises:
+            Unavailable: Not ready, and why.
+        """
+        try:
+            checks = await self._check()
+        except NowcastError:
+            self.metrics.ready.set(0)
+            raise
+        self.metrics.ready.set(1)
+        return checks
+
+    async def _check(self) -> dict[str, float]:
+        self.engine.check_open()
+        if not self.engine.alive:
+            raise Unavailable("the device worker has ended", remedy="restart the service", retry_after=5.0)
+        running = self.engine.running_for
+        if running > self.settings.stall_after:
+            raise Unavailable(
+                f"one nowcast has been running for {running:.0f} s",
+                expected=f"at most {self.settings.stall_after:g} s",
+                remedy="restart the service if this goes on",
+                retry_after=30.0,
+            )
+        now = time.monotonic()
+        busy = running > 0 and self._probe is None
+        if self._probed is not None and (busy or now - self._probed < _PROBE_EVERY):
+            return {"forward_pass_age": now - self._probed, "running_for": running}
+        return {"forward_pass": await self._forward_pass(), "running_for": running}
+
+    async def _forward_pass(self) -> float:
+        if self._probe is None or self._probe.future.done():
+            key = self.catalogue.resolve_default()
+
+            def work() -> float:
+                began = time.perf_counter()
+                probe(self.catalogue.predictor(key))
+                return time.perf_counter() - began
+
+            # Not under anybody's quota: readiness must be told from busyness.
+            self._probe = self.engine.submit(Place("", lambda place: None), work, seconds=self.settings.stall_after)
+        job = self._probe
+        if not await finished(job, self.settings.ready_timeout):
+            raise Unavailable(
+                f"a forward pass did not come through the queue in {self.settings.ready_timeout:g} s",
+                remedy="wait; restart the service if this goes on",
+                retry_after=5.0,
+            )
+        self._probe = None
+        try:
+            seconds = job.result()
+        except NowcastError as exc:
+            raise Unavailable(
+                f"a forward pass through the queue failed: {exc.code}", remedy="see the service's log", retry_after=5.0
+            ) from exc
+        self._probed = time.monotonic()
+        return seconds
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new work, let what was admitted finish, and its answers be fetched.
+
+        Args:
+            seconds: To be done within.
+        """
+        self.engine.drain()
+        end = time.monotonic() + seconds
+        while not self.engine.idle and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        end = min(end, time.monotonic() + _LINGER)
+        while self.sessions.unfetched and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        log.info("drained: queue %s", "empty" if self.engine.idle else "not empty in time")
+
+
+async def finished(job: Job[object] | Job[Prediction] | Job[float], seconds: float) -> bool:
+    """Wait until a job has ended; whether it did within this many seconds."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def wake(_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(event.set)
+
+    job.future.add_done_callback(wake)
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()
+    except TimeoutError:
+        return job.future.done()
+    return True
