@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nowcast_service.http.errors import error_response, install
 from nowcast_service.http.routes import router
 from nowcast_service.observe.logs import FIELDS
-from nowcast_service.runtime.answer import Catalogue
+from nowcast_service.runtime.catalogue import Catalogue
 from nowcast_service.runtime.service import Service, version
 from nowcast_service.settings import Settings
 

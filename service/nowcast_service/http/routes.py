@@ -55,21 +55,20 @@ from torch import Tensor
 from nowcast_service.http import examples
 from nowcast_service.http.bodies import StreamReply, check_media_type, disconnected, read_all, receive_stream
 from nowcast_service.observe.metrics import CONTENT_TYPE
-from nowcast_service.runtime.answer import Key, Prediction, predict
-from nowcast_service.runtime.device_queue import Job
-from nowcast_service.runtime.service import Service, finished, version
-from nowcast_service.runtime.sessions import (
-    Nowcast,
-    Reservation,
-    Session,
+from nowcast_service.runtime.answer import Prediction, predict
+from nowcast_service.runtime.arrival import (
     check_finite,
     check_tensors,
-    job_digest,
     packed_bytes,
     packed_sink,
     spec_bytes,
     tensor_of,
 )
+from nowcast_service.runtime.budget import Reservation
+from nowcast_service.runtime.catalogue import Key
+from nowcast_service.runtime.device_queue import Job
+from nowcast_service.runtime.service import Service, finished, version
+from nowcast_service.runtime.session import Nowcast, Session, job_digest
 
 _STREAM = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -286,7 +285,7 @@ async def put_session(
     session, new = service.sessions.create(tenant, name, read_json(SessionCreate, body))
     response.status_code = 201 if new else 200
     fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
-    coverage = await asyncio.to_thread(service.catalogue.coverage, fields, session.spec)
+    coverage = await asyncio.to_thread(service.coverage, fields, session.spec)
     return _state(service, session).model_copy(update={"coverage": coverage})
 
 

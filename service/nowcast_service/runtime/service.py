@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nowcast_proto.errors import Busy, NowcastError, Unavailable
+from nowcast_proto.messages import CoverageReport, PredictionFields
+from nowcast_proto.spec import ArchitectureSpec
 
 from nowcast_service.observe.metrics import Metrics
-from nowcast_service.runtime.answer import Catalogue, Key, Prediction, probe
+from nowcast_service.runtime.answer import Prediction, coverage_report, probe
+from nowcast_service.runtime.budget import Budget
+from nowcast_service.runtime.catalogue import Catalogue, Key
 from nowcast_service.runtime.device_queue import Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
 from nowcast_service.runtime.memory import Trimmer
-from nowcast_service.runtime.sessions import Budget, SessionStore
+from nowcast_service.runtime.store import SessionStore
 from nowcast_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -122,6 +126,14 @@ class Service:
                 self.metrics.stages.labels("output").observe(prediction.output)
 
         return self.engine.submit(place, work, seconds=seconds, ended=count)
+
+    def coverage(self, request: PredictionFields, spec: ArchitectureSpec) -> CoverageReport | None:
+        """What the predictor a request means will do with each parameter; None where that cannot be said."""
+        try:
+            return coverage_report(self.catalogue.predictor(self.catalogue.resolve(request)), spec)
+        except NowcastError as exc:
+            log.debug("no coverage of a %s: %s", spec.family, exc)
+            return None
 
     def count_in(self, nbytes: int) -> None:
         """Count bytes of a body received."""

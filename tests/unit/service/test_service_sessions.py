@@ -16,16 +16,11 @@ from nowcast_proto.messages import NowcastJob, SessionCreate
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Encoder
 from nowcast_proto.tensors import Limits, TensorFrame
+from nowcast_service.runtime.arrival import check_finite, packed_sink, tensor_of
+from nowcast_service.runtime.budget import Budget
 from nowcast_service.runtime.device_queue import Job, Place
-from nowcast_service.runtime.sessions import (
-    Budget,
-    Nowcast,
-    Session,
-    SessionStore,
-    check_finite,
-    packed_sink,
-    tensor_of,
-)
+from nowcast_service.runtime.session import Nowcast, Session
+from nowcast_service.runtime.store import SessionStore
 
 SPEC = ArchitectureSpec.model_validate(
     {"family": "sequential", "parameters": [{"name": "w", "shape": [3, 5]}, {"name": "b", "shape": [3]}]}
