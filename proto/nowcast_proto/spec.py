@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from nowcast_proto.errors import InvalidSpec, UnreadableFile
 from nowcast_proto.table import DeclaredTable
+from nowcast_proto.wiring import ExplicitWiring
 
 MAX_PARAMETERS = 100_000
 """Cap on the number of tensors in one spec (a 1 T-parameter mixture of experts has some tens of thousands)."""
@@ -51,11 +53,11 @@ class ParameterSpec(BaseModel):
 
 
 class ArchitectureSpec(BaseModel):
-    """Family, ordered parameters, heads and ties of one network.
+    """Family or explicit wiring, ordered parameters, heads and ties of one network.
 
     Attributes:
         family: Name of the family whose rules wire the parameters (``gpt2``, ``llama``, ``sequential``, …). Which
-            families exist is the service's business; the spec only carries the name.
+            families exist is the service's business; the spec only carries the name. None where ``graph`` wires them.
         parameters: Every tensor in the order of ``named_parameters()``; tied tensors once, under their first name.
         num_heads: Query heads per attention layer.
         num_kv_heads: Key and value heads per attention layer; ``num_heads`` when absent.
@@ -64,11 +66,12 @@ class ArchitectureSpec(BaseModel):
         wiring: ``published`` keeps the node layout trained weights know, ``faithful`` keeps the network's own
             symmetries; the family's default when absent.
         table: How to wire the network, where no family the service knows does; its name is ``family``.
+        graph: The wiring itself, block by block, in place of a family.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    family: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] | None = None
     parameters: Annotated[tuple[ParameterSpec, ...], Field(min_length=1, max_length=MAX_PARAMETERS)]
     num_heads: PositiveInt | None = None
     num_kv_heads: PositiveInt | None = None
@@ -76,6 +79,7 @@ class ArchitectureSpec(BaseModel):
     ties: dict[Name, Name] = Field(default_factory=dict)
     wiring: Wiring | None = None
     table: DeclaredTable | None = None
+    graph: ExplicitWiring | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ArchitectureSpec:
@@ -88,6 +92,13 @@ class ArchitectureSpec(BaseModel):
                 raise ValueError(f"tied name {alias!r} is also listed as a parameter of its own")
             if name not in names:
                 raise ValueError(f"tied name {alias!r} points to {name!r}, which is not listed")
+        if (self.family is None) == (self.graph is None):
+            both = "comes with a graph as well" if self.graph else "is missing, and so is a graph"
+            raise ValueError(f"family {both}: a spec has exactly one of the two")
+        if self.graph is not None:
+            if self.wiring == "published":
+                raise ValueError("an explicit graph is wired as it says; there is no published wiring of it")
+            self.graph.fits({parameter.name: parameter.numel for parameter in self.parameters})
         if self.table is not None and self.table.family != self.family:
             raise ValueError(f"family {self.family!r} comes with a table of {self.table.family!r}")
         if self.num_kv_heads is not None:
@@ -118,7 +129,16 @@ class ArchitectureSpec(BaseModel):
 
     def digest(self) -> str:
         """BLAKE2b-128 of the canonical form, 32 hex digits."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return hashlib.blake2b(self.canonical().encode(), digest_size=16).hexdigest()
+
+    @property
+    def kind(self) -> str:
+        """The family's name, or ``traced`` for a graph of the network's own."""
+        return self.family or "traced"
 
     @classmethod
     def parse(cls, text: str | bytes, *, origin: str = "spec") -> ArchitectureSpec:

@@ -63,7 +63,7 @@ def test_the_digest_is_a_recorded_value():
 
 BAD = [
     ("not json", "document"),
-    ("{}", "family"),
+    ("{}", "parameters"),
     ('{"family": "x", "parameters": []}', "parameters"),
     ('{"family": "X!", "parameters": [{"name": "a", "shape": [1]}]}', "family"),
     ('{"family": "x", "parameters": [{"name": "a", "shape": [0]}]}', "shape"),

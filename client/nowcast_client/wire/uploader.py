@@ -301,7 +301,7 @@ class Uploader:
     def _note(self, report: CoverageReport | None) -> None:
         """Show once what the service does with each parameter."""
         if report is not None and self.coverage is None:
-            log.info("%s", coverage.lines(report, self.session.spec.family))
+            log.info("%s", coverage.lines(report, self.session.spec.kind))
         self.coverage = report or self.coverage
 
     def _resume(self, window: Window) -> None:

@@ -276,7 +276,7 @@ def scale_item(seen: Tensor, ahead: Tensor, segments: Sequence[int], clip: float
 
 
 def _kind(shard: Shard) -> str:
-    return shard.arch.kind if shard.arch is not None else shard.spec.family
+    return shard.arch.kind if shard.arch is not None else shard.spec.kind
 
 
 @lru_cache(maxsize=64)

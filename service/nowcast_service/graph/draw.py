@@ -92,7 +92,7 @@ def draw(graph: NeuralGraph, path: Path, *, title: str | None = None) -> None:
         fontsize=10,
         labelcolor=_INK,
     )
-    heading = f"{graph.spec.family}, {graph.wiring} wiring: {graph.n_nodes:,} neurons, {graph.n_edges:,} edges"
+    heading = f"{graph.spec.kind}, {graph.wiring} wiring: {graph.n_nodes:,} neurons, {graph.n_edges:,} edges"
     figure.suptitle(title or heading, fontsize=13, color=_INK)
     try:
         figure.savefig(path, dpi=150)

@@ -78,7 +78,7 @@ def check_fit(graph: NeuralGraph, config: NiNoConfig) -> None:
     last = max(int(block.edge_type) for block in graph.blocks)
     if config.edge_types and last >= config.edge_types:
         raise InvalidCheckpoint(
-            f"the checkpoint has {config.edge_types} edge types, the graph of family {graph.spec.family!r} uses type "
+            f"the checkpoint has {config.edge_types} edge types, the graph of family {graph.spec.kind!r} uses type "
             f"{last}",
             expected=f"at least {last + 1}",
             remedy="use a checkpoint trained with the full table of edge types",

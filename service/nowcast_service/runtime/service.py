@@ -132,7 +132,7 @@ class Service:
         try:
             return coverage_report(self.catalogue.predictor(self.catalogue.resolve(request)), spec)
         except NowcastError as exc:
-            log.debug("no coverage of a %s: %s", spec.family, exc)
+            log.debug("no coverage of a %s: %s", spec.kind, exc)
             return None
 
     def count_in(self, nbytes: int) -> None:
