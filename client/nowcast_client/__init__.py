@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nowcast_client.loop.trial import TrialSettings
+from nowcast_proto.rules.verdict import TrialSettings
+
 from nowcast_client.wire.api import AsyncNowcastClient, NowcastClient
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from nowcast_proto.errors import (
     UnsupportedVersion,
 )
 from nowcast_proto.messages import NowcastJob, WireDType
+from nowcast_proto.rules.verdict import BestLevel, LossTrace, TrialSettings, Verdict, judge
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.table import DeclaredTable
 from torch import Tensor, nn
@@ -40,7 +41,6 @@ from nowcast_client.errors import AttachError
 from nowcast_client.loop.cadence import MANY_NOWCASTS, MAX_HORIZON, Cadence, default_period
 from nowcast_client.loop.losses import LossReader
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
-from nowcast_client.loop.trial import BestLevel, LossTrace, TrialSettings, Verdict, judge
 from nowcast_client.network import coverage
 from nowcast_client.network.adapters import ADAPTER_PREDICTOR, adapter_spec
 from nowcast_client.network.derive import derive_spec

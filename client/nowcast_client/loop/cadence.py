@@ -6,8 +6,9 @@ the training's progress, from 40 strides at the start to 1 at the end; from 20 h
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+
+from nowcast_proto.rules.horizon import horizon_at, horizon_schedule
 
 from nowcast_client.errors import AttachError
 
@@ -43,22 +44,6 @@ def default_period(total_steps: int | None, context: int) -> int:
     return max(tenth // context, 1) * context if context > 0 else tenth
 
 
-def horizons(periods: int, longest: int = MAX_HORIZON) -> tuple[int, ...]:
-    """Horizon of each nowcast, in strides.
-
-    Args:
-        periods: Number of periods in the training, at least 1.
-        longest: First horizon.
-
-    Returns:
-        ``round(linspace(sqrt(longest), 1, periods) ** 2)``; (20, 17, 14, 11, 9, 6, 5, 3, 2, 1) for ten periods.
-    """
-    if periods <= 1:
-        return (longest,)
-    top = math.sqrt(longest)
-    return tuple(round((top + (1.0 - top) * i / (periods - 1)) ** 2) for i in range(periods))
-
-
 @dataclass(frozen=True)
 class Cadence:
     """Snapshot and nowcast times of one training, in real optimizer steps counted from 1.
@@ -89,8 +74,8 @@ class Cadence:
             raise AttachError(f"total_steps={self.total_steps}", expected="a positive number of steps, or None")
         if self.max_horizon < 1:
             raise AttachError(f"max_horizon={self.max_horizon}", expected="at least 1 stride")
-        periods = DEFAULT_PERIODS if self.total_steps is None else max(1, self.total_steps // self.period)
-        object.__setattr__(self, "schedule", horizons(periods, self.max_horizon))
+        total = DEFAULT_PERIODS * self.period if self.total_steps is None else self.total_steps
+        object.__setattr__(self, "schedule", horizon_schedule(total, self.period, farthest=self.max_horizon))
 
     @property
     def stride(self) -> int:
@@ -103,4 +88,4 @@ class Cadence:
 
     def horizon(self, step: int) -> int:
         """Horizon, in strides, of a nowcast asked for after this step."""
-        return self.schedule[min(max(step - 1, 0) // self.period, len(self.schedule) - 1)]
+        return horizon_at(max(step - 1, 0), self.schedule, self.period)

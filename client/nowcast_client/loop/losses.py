@@ -6,9 +6,8 @@ from collections import deque
 from typing import Any
 
 import torch
+from nowcast_proto.rules.verdict import LossTrace
 from torch import Tensor
-
-from nowcast_client.loop.trial import LossTrace
 
 _BACKLOG = 4096
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from nowcast_proto.rules.verdict import Floats, noise, slope
 
 from nowcast_client.errors import AttachError
-from nowcast_client.loop.trial import Floats, noise, slope
 
 SMOOTHED = 50
 """Steps over which losses are averaged before they are compared with those of a run alone."""

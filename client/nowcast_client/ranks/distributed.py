@@ -28,12 +28,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nowcast_proto.errors import NowcastError
+from nowcast_proto.rules.verdict import Verdict, judge
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
 from nowcast_client.handle import Handle, _Trial
-from nowcast_client.loop.trial import Verdict, judge
 from nowcast_client.tensors.layout import Layout, local, views
 from nowcast_client.tensors.patch import Patch, apply
 from nowcast_client.tensors.snapshot import Slot

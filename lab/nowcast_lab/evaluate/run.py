@@ -24,9 +24,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 from nowcast_proto.errors import InvalidSnapshot, NowcastError, UnreadableFile
+from nowcast_proto.rules.horizon import horizon_at, horizon_schedule
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.history import History
-from nowcast_service.nino.horizon import horizon_at, horizon_schedule
 from nowcast_service.predictors.base import State
 from nowcast_service.runtime.memory import Peak
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from nowcast_proto.errors import InvalidSnapshot
+from nowcast_proto.rules.horizon import horizon_at, horizon_schedule
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
-from nowcast_service.nino.horizon import horizon_at, horizon_schedule
 from nowcast_service.predictors import make_predictor
 from nowcast_service.weights.registry import resolve_checkpoint
 from rich.progress import Progress

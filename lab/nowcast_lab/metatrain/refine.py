@@ -41,9 +41,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from nowcast_proto.errors import Unavailable
+from nowcast_proto.rules.horizon import horizon_schedule
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.config import NiNoConfig
-from nowcast_service.nino.horizon import horizon_schedule
 from nowcast_service.nino.model import NiNoTwin
 from nowcast_service.nino.scaling import EPSILON
 from torch import Tensor, nn

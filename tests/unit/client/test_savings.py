@@ -12,7 +12,7 @@ import torch
 from nowcast_client.errors import AttachError
 from nowcast_client.loggers import describe
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
-from nowcast_client.loop.trial import Floats
+from nowcast_proto.rules.verdict import Floats
 
 from ..ecosystem.loops import Watched, digits, network, step
 

@@ -2,11 +2,7 @@
 
 import pytest
 from nowcast_client.errors import AttachError
-from nowcast_client.loop.cadence import Cadence, default_period, horizons
-
-
-def test_published_schedule() -> None:
-    assert horizons(10, 40) == (40, 33, 26, 21, 16, 11, 8, 5, 3, 1)
+from nowcast_client.loop.cadence import Cadence, default_period
 
 
 def test_every_nowcast_of_a_training_gets_its_horizon() -> None:

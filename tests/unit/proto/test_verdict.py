@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nowcast_client.loop.trial import BestLevel, LossTrace, TrialSettings, Verdict, hopeless, judge, noise
+from nowcast_proto.rules.verdict import BestLevel, LossTrace, TrialSettings, Verdict, hopeless, judge, noise
 
 DRAWS = 300
 

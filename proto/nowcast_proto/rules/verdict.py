@@ -31,7 +31,7 @@ RECOVERY = 50
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """How the judge decides; the defaults are those that pass the simulation in ``test_trial.py``.
+    """How the judge decides; the defaults are those that pass the simulation in ``test_verdict.py``.
 
     Attributes:
         window: Steps of the recovery window.

@@ -1,0 +1,1 @@
+"""Rules the training side, the service and the evaluation must apply alike; numpy only."""
