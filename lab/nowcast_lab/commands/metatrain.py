@@ -170,6 +170,9 @@ def refine(
     updates: Annotated[int, typer.Option(help="Steps of the network of the whole schedule.")] = 300,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 7e-4,
     episodes: Annotated[int, typer.Option(help="Groups of trainings beside each other.")] = 10,
+    periods: Annotated[
+        list[int] | None, typer.Option("--period", help="Steps between nowcasts an episode may have; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="All randomness.")] = 0,
     data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
     device: Device = "cpu",
@@ -179,6 +182,7 @@ def refine(
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
 ) -> None:
     """Teach a trained network on live trainings what its nowcasts are worth; resumes where it was stopped."""
+    import dataclasses
     import json
 
     import torch
@@ -192,6 +196,8 @@ def refine(
     if threads:
         torch.set_num_threads(threads)
     config = RefineConfig(updates=updates, lr=lr, episodes=episodes, seed=seed)
+    if periods:
+        config = dataclasses.replace(config, periods=tuple(periods))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("refining", total=updates)

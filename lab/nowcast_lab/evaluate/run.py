@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nowcast_lab.evaluate.tasks import Task
-from nowcast_lab.metatrain.collect import learning_rate
 from nowcast_lab.metatrain.data import Images, Text, load
 from nowcast_lab.metatrain.errors import InvalidRecipe
+from nowcast_lab.metatrain.vector import learning_rate
 
 log = logging.getLogger(__name__)
 

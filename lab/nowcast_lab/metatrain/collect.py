@@ -12,8 +12,7 @@ import hashlib
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,71 +28,20 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
+from nowcast_lab.metatrain import zoo
 from nowcast_lab.metatrain.data import Images, Text, load
 from nowcast_lab.metatrain.errors import InvalidRecipe
 from nowcast_lab.metatrain.heldout import refuse_held_out
 from nowcast_lab.metatrain.recipes import CONTEXT, Group, Recipe
 from nowcast_lab.metatrain.store import Precision, Shard, Training, TrajectoryStore
-from nowcast_lab.metatrain.zoo import Arch
+from nowcast_lab.metatrain.vector import Matrix, VectorOptimizer, learning_rate
+from nowcast_lab.metatrain.zoo import Arch, Init, initialised
 
 log = logging.getLogger(__name__)
 
 
 DIVERGED = 1.5
 """A training that ends above this many times the loss of a uniform guess has diverged and teaches nothing."""
-
-
-@dataclass
-class VectorOptimizer:
-    """AdamW or SGD with momentum on (models, elements), every model with its own rate and decay.
-
-    Attributes:
-        kind: ``adamw`` (Loshchilov and Hutter, 2019; betas 0.9 and 0.999) or ``sgd`` (momentum 0.9).
-        weight_decay: (models, 1), decoupled for AdamW, added to the gradient for SGD, as in ``torch.optim``.
-        first: First moment or momentum, (models, elements).
-        second: Second moment, (models, elements); unused by SGD.
-        steps: Steps taken.
-    """
-
-    kind: str
-    weight_decay: Tensor
-    first: Tensor
-    second: Tensor
-    steps: int = 0
-
-    @classmethod
-    def of(cls, kind: str, parameters: Tensor, weight_decay: Tensor) -> VectorOptimizer:
-        """A fresh optimizer for (models, elements) parameters."""
-        return cls(kind, weight_decay, torch.zeros_like(parameters), torch.zeros_like(parameters))
-
-    def step(self, parameters: Tensor, gradient: Tensor, lr: Tensor) -> None:
-        """One step in place.
-
-        Args:
-            parameters: (models, elements), changed in place.
-            gradient: (models, elements).
-            lr: (models, 1) learning rates of this step.
-        """
-        self.steps += 1
-        if self.kind == "sgd":
-            gradient = gradient + self.weight_decay * parameters
-            self.first = gradient.clone() if self.steps == 1 else self.first.mul_(0.9).add_(gradient)
-            parameters.sub_(lr * self.first)
-            return
-        parameters.mul_(1 - lr * self.weight_decay)
-        self.first.lerp_(gradient, 0.1)
-        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        root = (self.second / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
-        parameters.sub_(lr / (1 - 0.9**self.steps) * self.first / root)
-
-
-def learning_rate(schedule: str, step: int, steps: int, warmup: int = 0) -> float:
-    """Fraction of the peak learning rate at a step: linear warm-up, then constant or cosine decay to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return 1.0
 
 
 def flat_loss(arch: Arch) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -115,14 +63,38 @@ def flat_loss(arch: Arch) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return loss
 
 
-def initial_parameters(arch: Arch, seeds: list[int]) -> Tensor:
+def initial_parameters(arch: Arch, seeds: list[int], init: Init = "torch") -> Tensor:
     """(models, elements) float32: each row a fresh network of its own seed."""
     rows = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed)
-            rows.append(torch.cat([p.detach().reshape(-1) for p in arch.build().parameters()]))
+            rows.append(torch.cat([p.detach().reshape(-1) for p in initialised(arch.build(), init).parameters()]))
     return torch.stack(rows)
+
+
+def hidden_matrices(arch: Arch) -> tuple[Matrix, ...]:
+    """Where in a row of parameters the matrices lie that Muon is for, see `zoo.hidden_matrices`."""
+    with torch.device("meta"):
+        model = arch.build()
+    hidden, start, found = zoo.hidden_matrices(model), 0, []
+    for name, p in model.named_parameters():
+        if name in hidden:
+            found.append(Matrix(start, p.shape[0], p.numel() // p.shape[0]))
+        start += p.numel()
+    return tuple(found)
+
+
+def vector_optimizer(group: Group, parameters: Tensor, weight_decay: Tensor) -> VectorOptimizer:
+    """The optimizer of a group's trainings, fresh."""
+    matrices = hidden_matrices(group.arch)
+    return VectorOptimizer.of(group.optimizer, parameters, weight_decay, matrices=matrices, betas=group.betas)
+
+
+def rates(group: Group, trainings: Sequence[Training], step: int, steps: int) -> list[list[float]]:
+    """(models, 1) learning rates at a step of a run of so many."""
+    warmup = round(group.warmup * steps)
+    return [[(t.lr or 0.0) * learning_rate(t.schedule or "constant", step, steps, warmup)] for t in trainings]
 
 
 def batches(data: Images | Text, arch: Arch, models: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,9 +160,9 @@ def train_group(
         (models,) mean training loss of the last tenth of the run; not finite where a training diverged.
     """
     seeds = [training.seed or 0 for training in trainings]
-    parameters = initial_parameters(group.arch, seeds).to(device)
+    parameters = initial_parameters(group.arch, seeds, group.init).to(device)
     decay = torch.tensor([[training.weight_decay or 0.0] for training in trainings], device=device)
-    optimizer = VectorOptimizer.of(group.optimizer, parameters, decay)
+    optimizer = vector_optimizer(group, parameters, decay)
     gradients = vmap(grad_and_value(flat_loss(group.arch)))
     stream = batches(data, group.arch, len(trainings), group.batch, seeds[0])
     out[:, 0] = parameters.cpu().numpy()
@@ -199,11 +171,8 @@ def train_group(
     for step in range(group.steps):
         inputs, targets = next(stream)
         gradient, loss = gradients(parameters, inputs, targets)
-        rates = [
-            [(t.lr or 0.0) * learning_rate(t.schedule or "constant", step, group.steps, group.warmup)]
-            for t in trainings
-        ]
-        optimizer.step(parameters, gradient, torch.tensor(rates, device=device))
+        lr = torch.tensor(rates(group, trainings, step, group.steps), device=device)
+        optimizer.step(parameters, gradient, lr)
         if step >= group.steps - tail_steps:
             tail += loss / tail_steps
         if (step + 1) % group.every == 0:

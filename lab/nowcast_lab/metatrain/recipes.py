@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from nowcast_proto.errors import UnreadableFile
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nowcast_lab.metatrain.errors import InvalidRecipe
-from nowcast_lab.metatrain.zoo import Arch
+from nowcast_lab.metatrain.vector import OptimizerName, Schedule
+from nowcast_lab.metatrain.zoo import Arch, Init
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 CONTEXT = 5
 """Snapshots a nowcast is made from."""
 
@@ -46,10 +48,12 @@ class Group(BaseModel):
         models: Trainings in one vectorised loop.
         repeats: How many such loops, each with seeds of its own and a shard of its own.
         lr: Lowest and highest learning rate; each training draws its own, log-uniformly.
-        optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
+        optimizer: ``adamw``, ``sgd`` (momentum 0.9) or ``muon``, see `VectorOptimizer`.
+        betas: AdamW's.
         weight_decay: Values to draw from.
         schedules: Learning-rate schedules to draw from.
-        warmup: Steps of linear warm-up.
+        warmup: Share of the run with linear warm-up.
+        init: Initial weights.
         steps: Optimizer steps.
         every: Optimizer steps between snapshots.
         batch: Images, or sequences of the architecture's context.
@@ -65,10 +69,12 @@ class Group(BaseModel):
     models: PositiveInt = 4
     repeats: PositiveInt = 1
     lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1e-3, 1e-2)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: tuple[float, ...] = (0.0, 0.01, 0.1)
-    schedules: tuple[Literal["constant", "cosine"], ...] = ("constant", "constant", "cosine")
-    warmup: int = 0
+    schedules: tuple[Schedule, ...] = ("constant", "constant", "cosine")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    init: Init = "torch"
     steps: PositiveInt = 2000
     every: PositiveInt = 20
     batch: PositiveInt = 64
@@ -189,7 +195,7 @@ def _refine() -> Recipe:
         defaults = {"lr": (1.5e-3, 1.2e-2), "batch": 8, "models": 6}
         return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}")
 
-    steep = {"lr": (4e-3, 1.6e-2), "warmup": 50, "schedules": ("constant", "cosine")}
+    steep = {"lr": (4e-3, 1.6e-2), "warmup": 0.04, "schedules": ("constant", "cosine")}
     return Recipe(
         groups=(
             text(_gpt2(2, 24, 3, context=32), "shakespeare"),
@@ -214,6 +220,56 @@ def _refine() -> Recipe:
             images(_mlp(32, 32, source="cifar10"), seen=0.04),
         )
     )
+
+
+def _strong() -> Recipe:
+    """For refining on the recipes people train with: half of the slots Muon, the rest AdamW with warm-up and a rate
+    that decays, and SGD. Twenty groups, as `_refine`'s; the largest has a third of a million parameters."""
+    decays: tuple[Schedule, ...] = ("linear", "cosine", "wsd")
+
+    def images(arch: Arch, source: str | None = None, **fields: Any) -> Group:
+        defaults = {"batch": 48, "models": 3, "init": "he" if arch.kind == "convnet" else "torch"}
+        return Group(**_MUON | defaults | fields, arch=arch, source=source or f"cifar10@{arch.size}")
+
+    def text(arch: Arch, source: str, **fields: Any) -> Group:
+        tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
+        defaults = {"lr": (1e-2, 5e-2), "batch": 8, "models": 3}
+        return Group(**_MUON | defaults | fields, arch=arch, source=f"{source}:{tokens}")
+
+    adamw = {"optimizer": "adamw", "betas": (0.9, 0.99), "warmup": 0.1, "schedules": decays}
+    return Recipe(
+        groups=(
+            images(_conv(10, 20, 24)),
+            text(_gpt2(2, 24, 3, context=32), "shakespeare"),
+            images(_conv(12, 24, 24, size=8), batch=128),
+            text(_llama(2, 24, 4, 2, context=32), "headers"),
+            text(_gpt2(3, 48, 4, context=64), "headers", models=1),
+            images(_conv(8, 16, 16), **adamw, lr=(4e-3, 1.6e-2)),
+            text(_gpt2(2, 32, 4, context=32), "headers", **adamw | {"lr": (2e-3, 1.2e-2)}),
+            images(_conv(8, 16, 16, norm=True), optimizer="sgd", lr=(2e-2, 0.2), weight_decay=(0.0, 5e-4)),
+            images(_mlp(32, 24, source="digits"), "digits", **adamw, lr=(1e-3, 1e-2), models=8, seen=0.67, batch=32),
+            text(_llama(2, 16, 4, 2, 128, 32), "headers", **adamw | {"lr": (2e-3, 1.2e-2)}),
+            images(_conv(8, 16, 16, norm=True)),
+            text(_llama(3, 32, 4, 2, context=32), "shakespeare", models=2),
+            images(_conv(16, 32, 24, size=8), batch=128),
+            text(_gpt2(2, 32, 4, context=48), "headers", models=2),
+            text(_gpt2(3, 96, 4, context=48), "headers", models=1),
+            images(_conv(12, 24, 24), **adamw, lr=(4e-3, 1.6e-2)),
+            text(_gpt2(3, 20, 2, 96, 32), "shakespeare", **adamw | {"lr": (2e-3, 1.2e-2)}),
+            images(_conv(10, 20, 20), optimizer="sgd", lr=(2e-2, 0.2), weight_decay=(0.0, 5e-4)),
+            images(_mlp(32, 32, source="cifar10"), seen=0.04, batch=32),
+            images(_conv(12, 24, 24, norm=True), **adamw, lr=(4e-3, 1.6e-2)),
+        )
+    )
+
+
+_MUON: dict[str, Any] = {
+    "optimizer": "muon",
+    "lr": (2e-2, 8e-2),
+    "warmup": 0.05,
+    "schedules": ("linear", "linear", "cosine", "wsd", "constant"),
+}
+"""Rates around the best of a sweep; AdamW has a tenth of them for what is no hidden matrix."""
 
 
 def _gpu() -> Recipe:
@@ -266,7 +322,7 @@ def _smoke() -> Recipe:
     )
 
 
-RECIPES = {"cpu": _cpu, "gpu": _gpu, "refine": _refine, "smoke": _smoke}
+RECIPES = {"cpu": _cpu, "gpu": _gpu, "refine": _refine, "smoke": _smoke, "strong": _strong}
 
 
 def read_recipe(name_or_path: str) -> Recipe:

@@ -53,12 +53,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nowcast_lab.metatrain.collect import (
     DIVERGED,
-    VectorOptimizer,
     batches,
     draw_trainings,
     flat_loss,
     initial_parameters,
-    learning_rate,
+    rates,
+    vector_optimizer,
 )
 from nowcast_lab.metatrain.data import Images, Text, load
 from nowcast_lab.metatrain.errors import InvalidRecipe
@@ -68,9 +68,13 @@ from nowcast_lab.metatrain.heldout import refuse_held_out
 from nowcast_lab.metatrain.recipes import CONTEXT, Group, Recipe
 from nowcast_lab.metatrain.sampler import standardised
 from nowcast_lab.metatrain.train import STATE, basis, imported, read_state, resume, save
+from nowcast_lab.metatrain.vector import learning_rate
 from nowcast_lab.metatrain.zoo import Arch
 
 log = logging.getLogger(__name__)
+
+LR_GATE = 0.1
+"""Share of the peak learning rate below which no nowcast is made, the client's default."""
 
 LossGradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows, elements) parameters, inputs and targets of every row -> (rows, elements) gradients and (rows,) losses."""
@@ -157,10 +161,10 @@ class Episode:
         # The first period is not nowcast: it gives the first snapshots.
         self._periods = count + 1
         self._horizons = horizon_schedule(self.period * count, self.period, farthest=config.farthest)
-        parameters = initial_parameters(group.arch, [t.seed or 0 for t in self._trainings])
+        parameters = initial_parameters(group.arch, [t.seed or 0 for t in self._trainings], group.init)
         self._parameters = torch.cat((parameters, parameters)).to(device)
         decay = torch.tensor([[t.weight_decay or 0.0] for t in self._trainings], device=device)
-        self._optimizer = VectorOptimizer.of(group.optimizer, self._parameters, torch.cat((decay, decay)))
+        self._optimizer = vector_optimizer(group, self._parameters, torch.cat((decay, decay)))
         self._gradients = gradients or loss_gradients(group.arch)
         self.seen = self._parameters.new_zeros(len(self._trainings), CONTEXT, self._parameters.shape[1])
         self.done = 0
@@ -182,7 +186,10 @@ class Episode:
             moved: (models, elements) displacement predicted.
         """
         group, models, period = self.group, len(self._trainings), self.period
+        jumped = torch.zeros(models, dtype=torch.bool, device=self._parameters.device)
         if moved is not None:
+            jumped = self._moving()
+            moved = moved * jumped[:, None]
             self._parameters += torch.cat(((1 + self._config.apart) * moved, (1 - self._config.apart) * moved))
         # Streams of its own for every period: an episode that is picked up again sees what it would have seen.
         number = _number(f"{self._key}/{self.done}")
@@ -198,12 +205,8 @@ class Episode:
                 told = (gradient, loss) if not unseen else self._gradients(self._parameters, *_twice(next(unseen)))
                 gradients += told[0] / (period - first)
                 losses += told[1] / (period - first)
-            at = self.done * period + step
-            rates = [
-                [(t.lr or 0.0) * learning_rate(t.schedule or "constant", at, whole, group.warmup)]
-                for t in self._trainings
-            ]
-            self._optimizer.step(self._parameters, gradient, self._parameters.new_tensor(rates + rates))
+            lr = self._parameters.new_tensor(2 * rates(group, self._trainings, self.done * period + step, whole))
+            self._optimizer.step(self._parameters, gradient, lr)
             if (step + 1) % (period // CONTEXT) == 0:
                 seen[:, (step + 1) // (period // CONTEXT) - 1] = self._parameters
         draw = torch.Generator().manual_seed(number)
@@ -220,7 +223,14 @@ class Episode:
             self._optimizer.second[survivors],
         )
         self.done += 1
-        return Outcome(gradients.view(2, models, -1).mean(0), far, near)
+        return Outcome(gradients.view(2, models, -1).mean(0), far, near, jumped)
+
+    def _moving(self) -> Tensor:
+        """(models,) whether a training's rate is still at or above the gate below which inference makes no nowcast."""
+        now = rates(self.group, self._trainings, self.done * self.period, self._periods * self.period)
+        peaks = [t.lr or 0.0 for t in self._trainings]
+        moving = [rate >= LR_GATE * peak for (rate,), peak in zip(now, peaks, strict=True)]
+        return torch.tensor(moving, device=self._parameters.device)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: tensors, numbers and the key."""
@@ -248,11 +258,13 @@ class Outcome(NamedTuple):
         gradient: (models, elements) mean gradient of the training loss.
         far: (models,) mean loss of those that jumped farther than predicted.
         near: (models,) of those that jumped less far.
+        jumped: (models,) whether a training was nowcast at all.
     """
 
     gradient: Tensor
     far: Tensor
     near: Tensor
+    jumped: Tensor
 
 
 def loss_gradients(arch: Arch, *, compiled: bool = False) -> LossGradients:
@@ -318,9 +330,10 @@ def lesson(moved: Tensor, spread: Tensor, outcome: Outcome, apart: float, guess:
 
     Returns:
         A scalar, whose gradient is what is meant; what jumping farther by all of the displacement would do to the loss,
-        by the pairs and by the gradients; both NaN, and the scalar zero, where all trainings diverged.
+        by the pairs and by the gradients; both NaN, and the scalar zero, where none was nowcast without diverging.
     """
     good = (outcome.far < DIVERGED * guess) & (outcome.near < DIVERGED * guess) & outcome.gradient.isfinite().all(1)
+    good &= outcome.jumped
     if not bool(good.any()):
         return 0.0 * moved.nan_to_num().sum(), math.nan, math.nan
     moved, spread, gradient = moved[good], spread[good], outcome.gradient[good]
@@ -622,4 +635,4 @@ def _number(text: str) -> int:
 
 
 def _kind(group: Group) -> str:
-    return f"{group.arch.kind}-bn" if group.arch.norm else group.arch.kind
+    return "-".join([group.arch.kind] + ["bn"] * group.arch.norm + [group.optimizer] * (group.optimizer != "adamw"))

@@ -26,11 +26,11 @@ from nowcast_service.nino.model import NiNoTwin
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from nowcast_lab.metatrain.collect import learning_rate
 from nowcast_lab.metatrain.errors import InvalidTrajectories
 from nowcast_lab.metatrain.forward import check_trainable, forward
 from nowcast_lab.metatrain.sampler import Item, Sampler, SamplerConfig
 from nowcast_lab.metatrain.store import TrajectoryStore
+from nowcast_lab.metatrain.vector import learning_rate
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ asked), on any device.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 Kind = Literal["convnet", "mlp", "gpt2", "llama", "vit"]
+Init = Literal["torch", "he"]
+"""Initial weights: the modules' own, or He's for convolutions (He et al., 2015), which convnets learn faster from."""
+
+_EMBEDDING = re.compile(r"\b(wte|wpe|embed_tokens|pos_embedding|class_token)\b")
 
 
 class Arch(BaseModel):
@@ -90,6 +95,24 @@ class Arch(BaseModel):
             ties={"lm_head.weight": "transformer.wte.weight"} if self.kind == "gpt2" else {},
             **heads,
         )
+
+
+def initialised(model: nn.Module, init: Init) -> nn.Module:
+    """The model, its convolutions drawn anew where `init` asks for it."""
+    if init == "he":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
+
+
+def hidden_matrices(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that Muon is for: matrices and kernels, without embeddings and the last layer (Jordan et
+    al., 2024)."""
+    names = [name for name, p in model.named_parameters() if p.dim() >= 2]
+    # Modules are declared from input to output: the last matrix is the head, where that is not tied to an embedding.
+    head = names[-1:] if not isinstance(model, GPT2) else []
+    return frozenset(n for n in names if n not in head and not _EMBEDDING.search(n))
 
 
 class ConvNet(nn.Module):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from nowcast_lab.evaluate.tasks import TASKS
+from nowcast_lab.metatrain import zoo
 from nowcast_lab.metatrain.collect import (
-    VectorOptimizer,
     collect,
     draw_trainings,
     flat_loss,
+    hidden_matrices,
     initial_parameters,
     jumps,
-    learning_rate,
     nowcaster,
     train_group,
 )
@@ -27,6 +27,7 @@ from nowcast_lab.metatrain.imports import import_snapshots, ordered_files
 from nowcast_lab.metatrain.recipes import RECIPES, Group, Nowcasts, Recipe, read_recipe
 from nowcast_lab.metatrain.sampler import Sampler, SamplerConfig
 from nowcast_lab.metatrain.store import TrajectoryStore
+from nowcast_lab.metatrain.vector import REST, VectorOptimizer, learning_rate
 from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import InvalidSnapshot, TooLarge
 from nowcast_service.weights.registry import resolve_checkpoint
@@ -69,7 +70,55 @@ def test_every_model_is_trained_as_if_alone(kind: str) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arch",
+    [
+        Arch(kind="convnet", widths=(4, 6), channels=1, size=8),
+        Arch(kind="gpt2", dim=12, layers=2, heads=3, vocabulary=20, context=8),
+        Arch(kind="llama", dim=16, layers=1, heads=4, kv_heads=2, vocabulary=20, context=8),
+        Arch(kind="vit", dim=8, layers=1, heads=2, channels=1, size=8, patch=4),
+    ],
+    ids=lambda arch: arch.kind,
+)
+def test_muon_is_torch_s_for_hidden_matrices_and_adamw_for_the_rest(arch: Arch) -> None:
+    """torch computes its iteration in bfloat16, hence the tolerance there."""
+    generator = torch.Generator().manual_seed(1)
+    stacked = initial_parameters(arch, [1, 2])
+    decay, lr = torch.tensor([[0.1], [0.0]]), torch.tensor([[0.02], [0.05]])
+    optimizer = VectorOptimizer.of("muon", stacked, decay, matrices=hidden_matrices(arch))
+    gradients = [torch.randn(stacked.shape, generator=generator) for _ in range(3)]
+    for gradient in gradients:
+        optimizer.step(stacked, gradient, lr)
+    for row in range(2):
+        torch.manual_seed(row + 1)
+        model = arch.build()
+        names = zoo.hidden_matrices(model)
+        named = dict(model.named_parameters())
+        assert names
+        for word in ("wte", "wpe", "embed_tokens", "pos_embedding", "class_token", "lm_head", "heads.head"):
+            assert not any(word in name for name in names)
+        flat = {n: torch.nn.Parameter(p.detach().reshape(len(p), -1).clone()) for n, p in named.items() if n in names}
+        rest = {n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items() if n not in names}
+        one = torch.optim.Muon(flat.values(), lr=float(lr[row]), weight_decay=float(decay[row]))
+        two = torch.optim.AdamW(rest.values(), lr=REST * float(lr[row]), weight_decay=float(decay[row]))
+        sizes = [p.numel() for p in named.values()]
+        for gradient in gradients:
+            for (name, p), part in zip(named.items(), gradient[row].split(sizes), strict=True):
+                where = flat[name] if name in names else rest[name]
+                where.grad = part.view(p.shape).reshape(where.shape)
+            one.step()
+            two.step()
+        for (name, p), part in zip(named.items(), stacked[row].split(sizes), strict=True):
+            if name in names:
+                moved, expected = part - p.detach().flatten(), (flat[name] - p.reshape(len(p), -1)).detach().flatten()
+                assert (moved - expected).norm() < 0.1 * expected.norm()
+            else:
+                torch.testing.assert_close(part, rest[name].detach().flatten(), rtol=1e-4, atol=1e-6)
+
+
 def test_schedules() -> None:
+    assert [learning_rate("linear", s, 10, warmup=2) for s in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert [learning_rate("wsd", s, 100, warmup=4) for s in (1, 4, 80, 90)] == [0.5, 1.0, 1.0, 0.5]
     assert [learning_rate("constant", s, 10, warmup=2) for s in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
     assert learning_rate("cosine", 0, 10) == 1.0
     assert learning_rate("cosine", 5, 10) == pytest.approx(0.5)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from nowcast_lab.metatrain.collect import batches, initial_parameters
+from nowcast_lab.metatrain.collect import batches, draw_trainings, initial_parameters
 from nowcast_lab.metatrain.data import Text, load
 from nowcast_lab.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_lab.metatrain.graphs import prepare
@@ -98,7 +98,8 @@ def test_a_lesson_takes_direction_from_gradients_and_length_from_pairs() -> None
     spread = torch.full((1, 4), 2.0)
     moved = torch.tensor([[2.0, 0.0, 0.0, 0.0]], requires_grad=True)
     # Gradients ask for much more of the first element; those that went farther ended higher. The third is free.
-    outcome = Outcome(torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0]))
+    told = torch.tensor([[-3.0, 0.0, 0.5, 0.0]]), torch.tensor([1.4]), torch.tensor([1.0])
+    outcome = Outcome(*told, jumped=torch.tensor([True]))
     value, measured, expected = lesson(moved, spread, outcome, 0.2, math.log(10))
     assert measured == pytest.approx(1.0)
     assert expected == pytest.approx(-6.0)
@@ -115,7 +116,7 @@ def test_a_training_that_diverged_teaches_nothing_and_a_steep_one_not_too_much()
     spread = torch.ones(4, 2)
     moved = torch.tensor([[1.0, 0.0]]).repeat(4, 1).requires_grad_()
     gradient = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1000.0], [0.0, 1.0]])
-    outcome = Outcome(gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4))
+    outcome = Outcome(gradient, torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.ones(4), torch.ones(4) > 0)
     value, _, _ = lesson(moved, spread, outcome, 0.4, math.log(10))
     value.backward()
     assert moved.grad is not None
@@ -126,6 +127,28 @@ def test_a_training_that_diverged_teaches_nothing_and_a_steep_one_not_too_much()
     nothing, measured, _ = lesson(moved, spread, outcome._replace(far=torch.full((4,), 99.0)), 0.4, math.log(10))
     assert float(nothing.detach()) == 0
     assert math.isnan(measured)
+
+
+def test_no_lesson_is_drawn_where_inference_makes_no_nowcast() -> None:
+    """The rate of the first training has decayed to less than a tenth by the last period; the second's is constant."""
+    group = RECIPE.groups[0].model_copy(update={"schedules": ("linear", "constant"), "models": 8})
+    config = dataclasses.replace(CONFIG, nowcasts=(12, 12))
+    episode = Episode(group, "one", config, load("digits"), prepare(MLP.spec()), CPU)
+    schedules = [training.schedule for training in draw_trainings(group, "one", config.seed)]
+    assert set(schedules) == {"linear", "constant"}
+    episode.advance()
+    seen = []
+    while not episode.over:
+        before = episode.seen[:, -1]
+        outcome = episode.advance(torch.full_like(before, 0.01))
+        seen.append(outcome.jumped.tolist())
+    assert seen[0] == 8 * [True]
+    assert seen[-1] == [schedule == "constant" for schedule in schedules]
+    moved = torch.ones_like(before).requires_grad_()
+    value, _, _ = lesson(moved, torch.ones_like(moved), outcome, 0.4, math.log(10))
+    value.backward()
+    assert moved.grad is not None
+    assert (moved.grad.abs().sum(1) > 0).tolist() == seen[-1]
 
 
 def test_a_refinement_that_was_stopped_ends_where_one_that_was_not_does(start: Checkpoint, tmp_path: Path) -> None:
