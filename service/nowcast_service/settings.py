@@ -84,6 +84,16 @@ class Settings(BaseSettings):
         default=2, description="Answers a session keeps, so that they can be fetched again; also its nowcasts at once."
     )
 
+    max_trainings: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=256, description="Trainings that are shown to people; the oldest ended ones make room for new ones."
+    )
+    archive: Path | None = Field(
+        default=None, description="SQLite file that keeps the trainings which are shown; none are kept without it."
+    )
+    max_watchers: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        default=64, description="Pages and terminals that may watch at once."
+    )
+
     # How much it does at once
     max_queue: Annotated[int, Field(ge=1)] = Field(
         default=16, description="Nowcasts admitted at once, the running one included; more are answered 429."

@@ -30,7 +30,16 @@ from nowcast_proto.messages import (
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Decoder, Encoder, Header
 from nowcast_proto.tensors import TensorFrame, seal
-from nowcast_proto.version import MEDIA_TYPE, ROUTE_HEALTH, ROUTE_MODELS, ROUTE_NOWCAST_V1, ROUTE_READY
+from nowcast_proto.trainings import StatusReply, TrainingsReply
+from nowcast_proto.version import (
+    MEDIA_TYPE,
+    ROUTE_HEALTH,
+    ROUTE_MODELS,
+    ROUTE_NOWCAST_V1,
+    ROUTE_READY,
+    ROUTE_STATUS,
+    ROUTE_TRAININGS,
+)
 
 from nowcast_client.errors import BadReply
 from nowcast_client.wire.transport import (
@@ -49,7 +58,7 @@ from nowcast_client.wire.transport import Reply as HttpReply
 
 DEFAULT_URL = "http://127.0.0.1:8500"
 Snapshot = Mapping[str, Any]
-M = TypeVar("M", ModelsReply, HealthReply)
+M = TypeVar("M", ModelsReply, HealthReply, TrainingsReply, StatusReply)
 T = TypeVar("T")
 
 
@@ -271,6 +280,14 @@ class NowcastClient:
             Unavailable: It cannot.
         """
         return self._get(ROUTE_READY, HealthReply)
+
+    def trainings(self) -> TrainingsReply:
+        """The trainings of this key that the service shows, the newest first."""
+        return self._get(ROUTE_TRAININGS, TrainingsReply)
+
+    def status(self) -> StatusReply:
+        """How the service is: queue, budgets and limits."""
+        return self._get(ROUTE_STATUS, StatusReply)
 
     def _get(self, path: str, model: type[M]) -> M:
         return call(

@@ -19,6 +19,7 @@ from nowcast_proto.messages import (
     SnapshotHeader,
     Verdict,
 )
+from nowcast_proto.trainings import Report
 from nowcast_proto.version import ROUTE_HEALTH, ROUTE_READY
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
@@ -26,6 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nowcast_service.http.errors import error_response, install
 from nowcast_service.http.routes import router
+from nowcast_service.http.watching import PAGE
+from nowcast_service.http.watching import router as watching
 from nowcast_service.observe.logs import FIELDS
 from nowcast_service.runtime.catalogue import Catalogue
 from nowcast_service.runtime.service import Service, version
@@ -33,9 +36,9 @@ from nowcast_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OPEN_ROUTES = frozenset({ROUTE_HEALTH, ROUTE_READY})
-"""Routes that need no key, for probes."""
-_DOCUMENTED = (SessionCreate, NowcastJob, Verdict, NowcastRequest, NowcastReplyHeader, SnapshotHeader)
+OPEN_ROUTES = frozenset({ROUTE_HEALTH, ROUTE_READY, *PAGE})
+"""Routes that need no key: probes, and the files of the page, which ask for one."""
+_DOCUMENTED = (SessionCreate, NowcastJob, Verdict, Report, NowcastRequest, NowcastReplyHeader, SnapshotHeader)
 
 
 class Gate:
@@ -134,6 +137,7 @@ def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None 
         housekeeping = asyncio.create_task(service.keep_house())
         yield
         housekeeping.cancel()
+        await service.save()
         service.engine.stop()
 
     app = FastAPI(
@@ -147,6 +151,7 @@ def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None 
     )
     app.state.service = service
     app.include_router(router)
+    app.include_router(watching)
     install(app)
     app.add_middleware(Gate, service=service)
     _document(app, service)

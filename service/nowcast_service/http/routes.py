@@ -283,6 +283,7 @@ async def put_session(
     service.engine.check_open()
     body = await read_all(request, cap=int(service.settings.max_json), idle=service.settings.upload_idle)
     session, new = service.sessions.create(tenant, name, read_json(SessionCreate, body))
+    service.board.opened(tenant, name, session.spec)
     response.status_code = 201 if new else 200
     fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
     coverage = await asyncio.to_thread(service.coverage, fields, session.spec)
@@ -299,6 +300,7 @@ async def get_session(service: ServiceOf, tenant: TenantOf, name: SessionId) -> 
 async def delete_session(service: ServiceOf, tenant: TenantOf, name: SessionId) -> Response:
     """Drop a session and all it holds. One that does not exist is as good as dropped."""
     service.sessions.delete(tenant, name)
+    service.board.left(tenant, name)
     return Response(status_code=204)
 
 
@@ -377,6 +379,7 @@ async def put_snapshot(
         raise Expired(f"session {name} was deleted meanwhile", remedy="create it again")
     snapshot, new = session.complete(upload)
     if new:
+        service.watched(session, snapshot)
         service.metrics.snapshots.inc()
         service.metrics.stages.labels("input").observe(time.monotonic() - began)
     response.status_code = 201 if new else 200
@@ -513,6 +516,7 @@ async def post_verdict(request: Request, service: ServiceOf, tenant: TenantOf, n
     session = service.sessions.get(tenant, name)
     counted = session.judge(verdict)
     if counted:
+        service.board.judged(tenant, name, verdict)
         service.metrics.verdicts.labels(verdict.outcome).inc()
     return VerdictReply(nowcast=verdict.nowcast, outcome=verdict.outcome, counted=counted)
 

@@ -76,14 +76,14 @@ class Peak:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         except OSError:
             return None
-        return _resident("VmRSS")
+        return resident()
 
     def _most(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self._cuda else _resident("VmHWM")
+        return torch.cuda.max_memory_allocated() if self._cuda else resident("VmHWM")
 
 
-def _resident(field: str) -> int | None:
-    """A size of this process in bytes, as the kernel names it."""
+def resident(field: str = "VmRSS") -> int | None:
+    """A size of this process in bytes, as the kernel names it; None where it does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

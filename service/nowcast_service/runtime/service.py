@@ -6,6 +6,7 @@ import asyncio
 import functools
 import importlib.metadata
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +14,25 @@ from contextlib import contextmanager
 from nowcast_proto.errors import Busy, NowcastError, Unavailable
 from nowcast_proto.messages import CoverageReport, PredictionFields
 from nowcast_proto.spec import ArchitectureSpec
+from nowcast_proto.trainings import StatusReply
 
 from nowcast_service.observe.metrics import Metrics
 from nowcast_service.runtime.answer import Prediction, coverage_report, probe
+from nowcast_service.runtime.archive import Archive
 from nowcast_service.runtime.budget import Budget
 from nowcast_service.runtime.catalogue import Catalogue, Key
 from nowcast_service.runtime.device_queue import Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
-from nowcast_service.runtime.memory import Trimmer
+from nowcast_service.runtime.memory import Trimmer, resident
+from nowcast_service.runtime.session import Session, Snapshot
 from nowcast_service.runtime.store import SessionStore
+from nowcast_service.runtime.trainings import Board, movement
 from nowcast_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _PROBE_EVERY = 5.0
+_SAVE_EVERY = 15.0
 _LINGER = 5.0
 """Seconds a drained service waits for finished answers to be fetched."""
 
@@ -67,6 +73,12 @@ class Service:
             results=settings.results_per_session,
             on_drop=self._dropped,
         )
+        self.board = Board(settings.max_trainings, settings.max_watchers)
+        self.archive = Archive(settings.archive, settings.max_trainings) if settings.archive is not None else None
+        for tenant, training in self.archive.load() if self.archive is not None else ():
+            self.board.restore(tenant, training)
+        self._began = time.monotonic()
+        self._measuring: set[asyncio.Task[None]] = set()
         self._uploads = 0
         self._probed: float | None = None
         self._probe: Job[float] | None = None
@@ -77,17 +89,71 @@ class Service:
         watch(self.metrics.held, lambda: self.budget.used)
         watch(self.metrics.budget, lambda: self.budget.total)
 
+    @property
+    def closing(self) -> bool:
+        """Whether it has begun to end."""
+        return self.engine.draining
+
+    def status(self) -> StatusReply:
+        """What an operator asks first."""
+        settings, engine = self.settings, self.engine
+        return StatusReply(
+            version=version(),
+            device=self.catalogue.device,
+            uptime=time.monotonic() - self._began,
+            queue=engine.waiting,
+            queue_limit=settings.max_queue,
+            running=engine.running_for,
+            uploads=self._uploads,
+            uploads_limit=settings.max_uploads,
+            sessions=len(self.sessions),
+            sessions_limit=settings.max_sessions,
+            held=self.budget.used,
+            budget=self.budget.total,
+            resident=resident() or 0,
+            draining=engine.draining,
+        )
+
+    def watched(self, session: Session, snapshot: Snapshot) -> None:
+        """A snapshot is whole: show that on the board, and measure beside everything else how far the weights moved."""
+        self.board.snapshot(session.tenant, session.name, snapshot.step)
+        older = max((step for step in session.snapshots if step < snapshot.step), default=None)
+        if older is None or not self.board.has(session.tenant, session.name):
+            return
+        task = asyncio.create_task(self._measure(session, session.snapshots[older], snapshot))
+        self._measuring.add(task)  # a task that nobody holds may be collected before it has run
+        task.add_done_callback(self._measuring.discard)
+
+    async def _measure(self, session: Session, older: Snapshot, newer: Snapshot) -> None:
+        layers = self.board.get(session.tenant, session.name).layers
+        moved = await asyncio.to_thread(movement, older.tensors, newer.tensors, layers)
+        self.board.moved(session.tenant, session.name, newer.step, moved)
+
     def _dropped(self, reason: str) -> None:
         self.metrics.dropped.labels(reason).inc()
         self.memory.freed()
 
     async def keep_house(self) -> None:
         """Drop sessions that expire and hand back freed memory, as long as the service runs."""
+        saved = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
             self.sessions.sweep()
+            self.board.sweep()
+            if time.monotonic() - saved > _SAVE_EVERY:
+                await self.save()
+                saved = time.monotonic()
             if self.memory.due and self.engine.idle and not self._uploads:
                 await asyncio.to_thread(self.memory.run)
+
+    async def save(self) -> None:
+        """Write what is new of the trainings to the archive; what cannot be written is said, and lost."""
+        if self.archive is None:
+            return
+        try:
+            await asyncio.to_thread(self.archive.save, self.board.unsaved())
+        except sqlite3.Error as exc:
+            log.warning("the archive %s cannot be written: %s", self.settings.archive, exc)
 
     @contextmanager
     def upload(self) -> Iterator[None]:
