@@ -42,7 +42,7 @@ from nowcast_client.loop.cadence import MANY_NOWCASTS, MAX_HORIZON, Cadence, def
 from nowcast_client.loop.losses import LossReader
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
 from nowcast_client.network import coverage
-from nowcast_client.network.adapters import ADAPTER_PREDICTOR, adapter_spec
+from nowcast_client.network.adapters import ADAPTER_PREDICTOR, ADAPTERS_WATCHED, adapter_spec
 from nowcast_client.network.derive import derive_spec
 from nowcast_client.tensors.copies import Copies
 from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, fingerprint, innermost, layout_of
@@ -921,7 +921,8 @@ def attach(
         total_steps: Steps of the whole training; sets how fast the horizon shrinks. Without it a schedule
             of ten periods is used and stays at one stride afterwards.
         context: Snapshots per nowcast, as the checkpoint wants.
-        mode: ``on``, ``shadow`` (predict and log, never patch) or ``off``. Default: ``NOWCAST_MODE``, then ``on``.
+        mode: ``on``, ``shadow`` (predict and log, never patch) or ``off``. Default: ``NOWCAST_MODE``, then ``on``,
+            or ``shadow`` where adapters (LoRA and its kin) train beside frozen weights.
         trial: Judge every patch by the reported loss and undo it where it did harm. ``False`` patches unconditionally;
             a `TrialSettings` sets the judge. The recovery window is at most a third of the period.
         predictor: The service's predictor; None takes what the checkpoint is for.
@@ -1006,7 +1007,11 @@ def attach(
                 *(every, total_steps // every, total_steps, MANY_NOWCASTS),
             )
         settings = _trial_settings(trial, every)
-        adapters = None if spec or table or include_frozen else adapter_spec(model)
+        found = adapter_spec(model)
+        watch = found is not None and mode is None and not os.environ.get("NOWCAST_MODE")
+        if watch:
+            log.warning("%s", ADAPTERS_WATCHED)
+        adapters = None if spec or table or include_frozen else found
         architecture = spec or adapters or derive_spec(model, include_frozen=include_frozen, table=table)
         layout = layout_of(model, optimizers, architecture, sharded=ranks is not None or chosen == "off")
         dtype = WIRE_DTYPES[wire_dtype] if wire_dtype else None
@@ -1032,7 +1037,7 @@ def attach(
             update_scale=update_scale,
         )
         given: dict[str, Any] = {
-            "mode": chosen,
+            "mode": "shadow" if watch else chosen,
             "job": job,
             "trial": settings,
             "stale": stale,

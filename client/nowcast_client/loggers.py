@@ -32,15 +32,45 @@ def to_tensorboard(writer: Any) -> Metrics:
     return take
 
 
+EVENTS = frozenset(
+    f"nowcast/{kind}"
+    for kind in ("nowcast", "patched", "shadow", "kept", "rolled_back", "rejected", "skipped", "failed", "off")
+)
+"""Numbers that say that something happened; where one row holds several events, they count."""
+
+
+def together(earlier: Mapping[str, float], later: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of two events that share a row: events are counted, of everything else the newest is kept."""
+    counts = {name: earlier[name] + later[name] for name in EVENTS & earlier.keys() & later.keys()}
+    return {**earlier, **later, **counts}
+
+
+def is_wandb(run: object) -> bool:
+    """Whether an object is a Weights & Biases run, or takes numbers as one does."""
+    return hasattr(run, "define_metric") and hasattr(run, "log")
+
+
 def to_wandb(run: Any) -> Metrics:
     """Metrics to a Weights & Biases run, or the module itself, against an axis of their own.
 
-    W&B drops what is logged for an earlier step than the run is at; an own axis keeps a nowcast's numbers whatever the
-    training loop logs in between.
+    A run has one step for everything: it never goes back, a plain ``log`` moves it forward, and what is logged for an
+    earlier step is dropped. So the numbers go into the row that is open, with ``commit=False``, and the training loop's
+    own calls of ``log`` say when the next row begins. Two events in one row are counted.
     """
     run.define_metric("nowcast/step")
     run.define_metric("nowcast/*", step_metric="nowcast/step")
-    return lambda numbers, step: run.log({**numbers, "nowcast/step": step})
+    row: dict[str, float] = {}
+    opened: object = None
+
+    def take(numbers: Mapping[str, float], step: int) -> None:
+        nonlocal row, opened
+        # The module has a step only through its run.
+        now = getattr(getattr(run, "run", None) or run, "step", None)
+        row = together(row, numbers) if row and now == opened else dict(numbers)
+        opened = now
+        run.log({**row, "nowcast/step": step}, commit=False)
+
+    return take
 
 
 def to_mlflow(mlflow: Any) -> Metrics:

@@ -10,6 +10,7 @@ from torch import nn
 
 from nowcast_client.handle import Handle
 from nowcast_client.handle import attach as attach_hook
+from nowcast_client.loggers import Metrics, is_wandb, to_wandb
 
 
 def attach(
@@ -18,7 +19,7 @@ def attach(
     """Nowcast a training loop written with Accelerate.
 
     The handle's state goes into ``accelerator.save_state`` and comes back with ``load_state``; its metrics go to the
-    accelerator's trackers.
+    accelerator's trackers. Where a tracker has one step for everything, that step stays the training loop's own.
 
     Args:
         accelerator: The Accelerator.
@@ -33,12 +34,42 @@ def attach(
     Raises:
         AttachError: As `nowcast_client.attach`.
     """
-
-    def take(numbers: Mapping[str, float], step: int) -> None:
-        if accelerator.trackers:
-            accelerator.log(dict(numbers), step=step)
-
-    settings.setdefault("metrics", take)
+    settings.setdefault("metrics", _to_trackers(accelerator))
     handle = attach_hook(model, optimizer, url, **settings)
     accelerator.register_for_checkpointing(handle)
     return handle
+
+
+def _to_trackers(accelerator: Accelerator) -> Metrics:
+    """Metrics to the trackers the accelerator has when they come."""
+    known: list[tuple[Any, Metrics]] = []
+
+    def target(tracker: Any) -> Metrics:
+        found = next((metrics for one, metrics in known if one is tracker), None)
+        if found is None:
+            found = _to_tracker(tracker)
+            known.append((tracker, found))
+        return found
+
+    def take(numbers: Mapping[str, float], step: int) -> None:
+        if accelerator.is_main_process:
+            for tracker in accelerator.trackers:
+                target(tracker)(numbers, step)
+
+    return take
+
+
+def _to_tracker(tracker: Any) -> Metrics:
+    run = tracker.tracker
+    if is_wandb(run):
+        return to_wandb(run)
+    if tracker.name == "comet_ml":  # its tracker would set the step of everything that is logged later
+        return lambda numbers, step: run.log_metrics(dict(numbers), step=step)
+    if tracker.name == "dvclive":  # its tracker would begin a new step
+
+        def take(numbers: Mapping[str, float], step: int) -> None:
+            for name, value in {**numbers, "nowcast/step": float(step)}.items():
+                run.log_metric(name, value)
+
+        return take
+    return lambda numbers, step: tracker.log(dict(numbers), step=step)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +15,28 @@ from transformers.trainer_callback import ExportableState
 
 from nowcast_client.handle import Handle, attach
 from nowcast_client.integrations.networks import network
-from nowcast_client.loggers import describe
+from nowcast_client.loggers import describe, together
 
 log = logging.getLogger("nowcast")
+
+
+class _LossHook:
+    """Hands on what a model returns; hangs on that very model while it computes a step.
+
+    The model's owner may copy, pickle or save it there. A copy carries a hook that does nothing and needs nothing of
+    ours to be loaded, and what a shallow copy computes, which shares the hook, is not the training's.
+    """
+
+    def __init__(self, model: nn.Module, take: Callable[[nn.Module, Any], None]) -> None:
+        self._model = weakref.ref(model)
+        self._take = take
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._model() is model:
+            self._take(model, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes any three arguments and returns None
 
 
 class NowcastCallback(TrainerCallback, ExportableState):
@@ -25,10 +46,12 @@ class NowcastCallback(TrainerCallback, ExportableState):
     step. Where the output has none, or the model is compiled as a whole, the averages the Trainer logs are taken: log
     often enough then (a few times within the recovery window).
 
+    Nowcast metrics go into the Trainer's own next log entry, so that no run it reports to is moved forward by them. The
+    callbacks that report must come after this one for that, as `add_nowcast` sees to. Several events in one entry are
+    counted by kind.
+
     Args:
         url: As in `nowcast_client.attach`.
-        trainer: The Trainer, so that nowcast metrics go through ``trainer.log`` to every integration it reports to.
-            Without it they are added to the Trainer's own next log entry.
         settings: Everything else `nowcast_client.attach` takes; ``total_steps`` is the Trainer's by default.
 
     Attributes:
@@ -36,16 +59,15 @@ class NowcastCallback(TrainerCallback, ExportableState):
         summary: What `Handle.summary` said when the last training ended.
     """
 
-    def __init__(self, url: str | None = None, *, trainer: Trainer | None = None, **settings: Any) -> None:
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
         self.handle: Handle | None = None
         self.summary: dict[str, Any] = {}
         self.saved: dict[str, Any] | None = None
         self._url = url
-        self._trainer = trainer
         self._settings = settings
         self._numbers: dict[str, float] = {}
-        self._pending: list[dict[str, float]] = []
         self._forward: Any = None
+        self._watched = False
         self._seen_loss = False
 
     def on_train_begin(
@@ -61,20 +83,28 @@ class NowcastCallback(TrainerCallback, ExportableState):
         saved = self._restored(state)
         if saved is not None:
             self.handle.load_state_dict(saved)
-        if not args.torch_compile:  # a hook inside the compiled graph would break it
-            self._forward = model.register_forward_hook(self._observe)
+        self._watched = not args.torch_compile  # a hook inside the compiled graph would break it
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen to the model while it computes this step's losses, and no longer."""
+        self._deafen()
+        if self.handle is not None and self._watched:
+            model: nn.Module = kwargs["model"]
+            self._forward = model.register_forward_hook(_LossHook(model, self._observe))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The losses of this step are known."""
+        self._deafen()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take a snapshot, patch, or judge: between a finished step and the next one."""
         if self.handle is None:
             return
         self.handle.act()
-        pending, self._pending = self._pending, []
-        for numbers in pending:
-            if self._trainer is not None and state.is_world_process_zero:
-                self._trainer.log(numbers)
-            else:
-                self._numbers |= numbers
 
     def on_log(
         self,
@@ -89,7 +119,7 @@ class NowcastCallback(TrainerCallback, ExportableState):
             return
         if not self._seen_loss and "loss" in logs:
             self.handle.observe(float(logs["loss"]), step=max(0, self.handle.step - 1))
-        if self._numbers and "loss" in logs:
+        if self._numbers:
             logs.update(self._numbers)
             if state.log_history:
                 state.log_history[-1].update(self._numbers)
@@ -99,9 +129,7 @@ class NowcastCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach and say what was gained."""
-        if self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+        self._deafen()
         if self.handle is not None:
             self.handle.close()
             self.summary = self.handle.summary()
@@ -130,7 +158,12 @@ class NowcastCallback(TrainerCallback, ExportableState):
         saved = stored.get("attributes", {}).get("saved") if isinstance(stored, dict) else None
         return saved if isinstance(saved, dict) else None
 
-    def _observe(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _deafen(self) -> None:
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+
+    def _observe(self, model: nn.Module, output: Any) -> None:
         if self.handle is None or not model.training or not torch.is_grad_enabled():
             return
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -139,8 +172,7 @@ class NowcastCallback(TrainerCallback, ExportableState):
             self.handle.observe(loss)
 
     def _take(self, numbers: Mapping[str, float], step: int) -> None:
-        # Called inside act(): logged right after it, when nothing of the hook is under way.
-        self._pending.append(dict(numbers))
+        self._numbers = together(self._numbers, {**numbers, "nowcast/step": float(step)})
 
 
 def add_nowcast(trainer: Trainer, url: str | None = None, **settings: Any) -> NowcastCallback:
@@ -154,6 +186,9 @@ def add_nowcast(trainer: Trainer, url: str | None = None, **settings: Any) -> No
     Returns:
         The callback, already added.
     """
-    callback = NowcastCallback(url, trainer=trainer, **settings)
+    callback = NowcastCallback(url, **settings)
     trainer.add_callback(callback)
+    # First in line: what it adds to a log entry then reaches the callbacks that report it.
+    line = trainer.callback_handler.callbacks
+    line.insert(0, line.pop())
     return callback

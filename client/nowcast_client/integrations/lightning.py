@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # the same code under its older name
 
 from nowcast_client.handle import Handle, attach
 from nowcast_client.integrations.networks import network
-from nowcast_client.loggers import describe
+from nowcast_client.loggers import Metrics, describe, is_wandb, to_wandb, together
 
 log = logging.getLogger("nowcast")
 
@@ -45,7 +45,8 @@ class NowcastCallback(Callback):
         self._settings = settings
         self._saved: dict[str, Any] | None = None
         self._step_before = 0
-        self._pending: list[tuple[dict[str, float], int]] = []
+        self._pending: dict[int, dict[str, float]] = {}
+        self._targets: list[Metrics] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the innermost optimizers; go on from a checkpoint's state."""
@@ -54,6 +55,7 @@ class NowcastCallback(Callback):
         self.handle = attach(
             network(pl_module), list(trainer.optimizers), self._url, acts="when_told", metrics=self._take, **settings
         )
+        self._targets = [_to_logger(logger) for logger in trainer.loggers]
         if self._saved is not None:
             self.handle.load_state_dict(self._saved)
             self._saved = None
@@ -75,10 +77,10 @@ class NowcastCallback(Callback):
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self.handle.observe(loss.detach() * parts, step=self._step_before)
         self.handle.act()
-        pending, self._pending = self._pending, []
-        for numbers, step in pending:
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step)
+        pending, self._pending = self._pending, {}
+        for step, numbers in pending.items():
+            for target in self._targets:
+                target(numbers, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach and say what was gained."""
@@ -107,4 +109,11 @@ class NowcastCallback(Callback):
             self.handle = None
 
     def _take(self, numbers: Mapping[str, float], step: int) -> None:
-        self._pending.append((dict(numbers), step))
+        self._pending[step] = together(self._pending.get(step, {}), numbers)
+
+
+def _to_logger(logger: Any) -> Metrics:
+    """Metrics to one of Lightning's loggers. A logger's step is that of a row; W&B's is the whole run's."""
+    if is_wandb(logger.experiment):
+        return to_wandb(logger.experiment)
+    return lambda numbers, step: logger.log_metrics(dict(numbers), step)

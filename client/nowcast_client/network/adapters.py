@@ -2,7 +2,8 @@
 
 An adapter (LoRA and its kin, as PEFT lays them out) hangs beside a frozen network. A neural graph of the adapters alone
 would be wrong and one of the whole network would send gigabytes that never change; so adapters are nowcast weight by
-weight, without a graph, by the service's ``linear`` predictor unless another one without a graph is asked for.
+weight, without a graph, by the service's ``linear`` predictor unless another one without a graph is asked for. Nowcasts
+of adapters have not been shown to gain anything, so by default they are only watched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from nowcast_client.network.derive import Module, plain_name
 ADAPTER_FAMILY = "adapters"
 ADAPTER_PREDICTOR = "linear"
 """A straight line through the last snapshots, per weight: what can be said without a graph."""
+ADAPTERS_WATCHED = (
+    "only adapters (LoRA or its kin) train here: their nowcasts are watched, not patched (mode 'shadow'), because no "
+    "gain has been shown for adapters and a straight line over a long horizon did harm; mode='on' patches them, on "
+    "trial"
+)
+"""Said at attach where nobody chose a mode."""
 _ADAPTER = re.compile(r"(^|\.)(lora_|vera_|hada_|lokr_|oft_|boft_|ia3_|adapter|prompt_encoder|modules_to_save)")
 
 

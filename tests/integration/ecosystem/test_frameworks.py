@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nowcast_client import TrialSettings
+from nowcast_client.handle import Handle
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from . import ranks
@@ -100,6 +106,79 @@ def test_trainer_acts_at_the_end_of_a_step_and_logs_through_the_trainer(url: str
     assert any("nowcast/kept" in entry or "nowcast/rolled_back" in entry for entry in made.state.log_history)
 
 
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": lambda model: torch.load(saved(model), weights_only=False),
+    "average": lambda model: AveragedModel(model).module,
+}
+
+
+def saved(model: nn.Module) -> io.BytesIO:
+    held = io.BytesIO()
+    torch.save(model, held)
+    held.seek(0)
+    return held
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    "moment", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end", "on_log"]
+)
+def test_a_user_s_callback_copies_the_model(way: str, moment: str, url: str, tmp_path: Path) -> None:
+    """At any moment; and the losses a copy computes are not the training's."""
+    from nowcast_client.integrations.huggingface import add_nowcast
+    from transformers import TrainerCallback
+
+    made = trainer(tmp_path, 3, gradient_accumulation_steps=2, logging_steps=1)
+    computed: list[float] = []
+    heard: list[float] = []
+
+    class Copies(TrainerCallback):
+        pass
+
+    def copied(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        clone = COPIES[way](kwargs["model"]).train()
+        row = Rows(1)[0]
+        computed.append(float(clone(row["x"][None], row["labels"][None])["loss"]))
+        assert b"nowcast" not in pickle.dumps(kwargs["model"])
+
+    setattr(Copies, moment, copied)
+    callback = add_nowcast(made, url, **SETTINGS)
+    made.add_callback(Copies())
+    observe = Handle.observe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handle, "observe", lambda self, loss, **k: (heard.append(float(loss)), observe(self, loss, **k)))
+        made.train()
+    assert len(computed) >= 3
+    assert callback.summary["steps"] == 3
+    assert len(heard) == 6
+    assert not set(computed) & set(heard)
+    assert not made.model._forward_hooks
+
+
+def test_nowcast_numbers_share_the_rows_of_the_trainer(url: str, tmp_path: Path) -> None:
+    """What reports sees one call per entry of the Trainer's, the nowcast numbers in it: a run's step stays its own."""
+    from nowcast_client.integrations.huggingface import add_nowcast
+    from transformers import TrainerCallback
+
+    told: list[dict[str, float]] = []
+
+    class Reports(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            told.append(dict(logs))
+
+    made = trainer(tmp_path, 50, logging_steps=50)
+    made.add_callback(Reports())
+    add_nowcast(made, url, **{**SETTINGS, "trial": False})
+    made.train()
+    assert len(told) == 2  # the losses, and what the Trainer says at its end
+    assert told[0]["loss"] > 0
+    assert told[0]["nowcast/patched"] == 2.0
+    assert told[0]["nowcast/step"] == 40.0
+
+
 def test_trainer_without_itself_gets_the_numbers_in_its_next_entry(url: str, tmp_path: Path) -> None:
     from nowcast_client.integrations.huggingface import NowcastCallback
 
@@ -125,7 +204,7 @@ def test_trainer_resumes_in_the_middle_of_a_window(url: str, tmp_path: Path) -> 
 
     first = trainer(tmp_path, 12, save_strategy="steps", save_steps=12)
     add_nowcast(first, url, **{**SETTINGS, "total_steps": 30})
-    kept = first.callback_handler.callbacks[-1]
+    kept = first.callback_handler.callbacks[0]
     first.train()
     again = trainer(tmp_path, 30)
     callback = add_nowcast(again, url, **{**SETTINGS, "trial": False})
@@ -183,7 +262,7 @@ def fit(folder: Path, made: Any, callback: Any, steps: int, **arguments: Any) ->
     runner = lightning.Trainer(
         max_steps=steps,
         max_epochs=-1,
-        callbacks=[callback],
+        callbacks=callback if isinstance(callback, list) else [callback],
         accelerator="cpu",
         default_root_dir=folder,
         enable_progress_bar=False,
@@ -210,6 +289,68 @@ def test_lightning_never_patches_between_forward_and_backward(parts: int, url: s
     assert callback.summary["kept"] + callback.summary["rolled_back"] == 1
     logger.save()
     assert "nowcast/patched" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_lightning_s_module_is_copied_and_averaged(url: str, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from nowcast_client.integrations.lightning import NowcastCallback
+
+    made = module()
+    copies: list[Any] = []
+    made.on_train_batch_end = lambda *_: copies.append(copy.deepcopy(made.network))
+    callback = NowcastCallback(url, **SETTINGS)
+    fit(tmp_path, made, [callback, EMAWeightAveraging()], 3)
+    assert len(copies) == 3
+    assert callback.summary["steps"] == 3
+
+
+class Run:
+    """Of a W&B run what matters here: one step for everything, rows that end when it moves, nothing for steps past."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.row: dict[str, float] = {}
+        self.rows: list[dict[str, float]] = []
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+    def log(self, data: dict[str, float], step: int | None = None, commit: bool | None = None) -> None:
+        if step is not None and step < self.step:
+            return
+        if step is not None and step > self.step:
+            self.end(step)
+        self.row |= data
+        if commit or (commit is None and step is None):
+            self.end(self.step + 1)
+
+    def end(self, step: int) -> None:
+        self.rows += [self.row] if self.row else []
+        self.step, self.row = step, {}
+
+    def count(self, name: str) -> int:
+        self.end(self.step + 1)
+        return sum(name in row for row in self.rows)
+
+
+def test_lightning_leaves_a_run_s_step_alone(url: str, tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import Logger as Base
+    from nowcast_client.integrations.lightning import NowcastCallback
+
+    run = Run()
+
+    class Logger(Base):
+        experiment, name, version = run, "runs", 0
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            run.log({**metrics, "trainer/global_step": step})
+
+    made = module()
+    made.on_train_batch_end = lambda *_: run.log({"mine": 1.0}, step=made.global_step // 10)
+    fit(tmp_path, made, NowcastCallback(url, **{**SETTINGS, "trial": False}), 50, logger=Logger())
+    assert run.count("mine") == 6
+    assert run.count("nowcast/patched") == 2
 
 
 def test_lightning_with_manual_optimization_of_two_optimizers(url: str, tmp_path: Path) -> None:
@@ -273,3 +414,37 @@ def test_accelerate_keeps_its_state_in_checkpoints(url: str, tmp_path: Path) -> 
     assert again.summary()["snapshots"] == 5
     assert again.summary()["patched"] == 1
     again.close()
+
+
+def test_accelerate_leaves_a_run_s_step_alone(url: str) -> None:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+    from nowcast_client.integrations.accelerate import attach
+
+    run = Run()
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "runs", False, True
+        tracker = run
+
+        def store_init_configuration(self, values: Any) -> None: ...
+
+        def log(self, values: Any, step: int | None = None, **kwargs: Any) -> None:
+            run.log(values, step=step, **kwargs)
+
+    accelerator = Accelerator(cpu=True, log_with=Tracker())
+    accelerator.init_trackers("digits")
+    model = ranks.network()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+    batches = ranks.batches(0)
+    with attach(accelerator, model, optimizer, url, **{**SETTINGS, "trial": False}) as handle:
+        for step in range(1, 51):
+            loss = nn.functional.cross_entropy(model((batch := next(batches))[0]), batch[1])
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            if step % 10 == 0:
+                accelerator.log({"loss": float(loss)}, step=step // 10)
+        assert handle.summary()["patched"] == 2
+    assert run.count("loss") == 5
+    assert run.count("nowcast/patched") == 2

@@ -127,14 +127,20 @@ def test_frozen_parameters_neither_travel_nor_move() -> None:
     assert torch.equal(model[0].weight, held["0.weight"])
 
 
-def test_only_adapters_travel_when_only_they_train() -> None:
+def lora() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    return get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def test_only_adapters_travel_when_only_they_train() -> None:
+    model = lora()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     moved: list[dict[str, Tensor]] = []
-    watched = Watched(model, optimizer, on_event=lambda e: moved.append(weights(model)) if e.kind == "patched" else 0)
+    watched = Watched(
+        model, optimizer, mode="on", on_event=lambda e: moved.append(weights(model)) if e.kind == "patched" else 0
+    )
     read(model, optimizer, 19)
     before = weights(model)
     read(model, optimizer, 1)
@@ -146,6 +152,22 @@ def test_only_adapters_travel_when_only_they_train() -> None:
     assert {job.predictor for job in watched.service.jobs.values()} == {"linear"}
     assert all(torch.equal(frozen[name], model.get_parameter(name)) for name in frozen)
     assert not equal(before, moved[0])
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
+def test_adapters_are_only_watched_unless_somebody_chose(
+    include_frozen: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lora()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    watched = Watched(model, optimizer, include_frozen=include_frozen)
+    watched.handle.close()
+    assert watched.handle.mode == "shadow"
+    assert any("adapters" in line and "shadow" in line and "no gain" in line for line in caplog.messages)
+    monkeypatch.setenv("NOWCAST_MODE", "on")
+    chosen = Watched(model, optimizer, include_frozen=include_frozen)
+    chosen.handle.close()
+    assert chosen.handle.mode == "on"
 
 
 def test_half_precision_with_float32_masters_beside_it_is_refused() -> None:
