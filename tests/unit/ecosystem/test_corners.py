@@ -154,18 +154,17 @@ def test_only_adapters_travel_when_only_they_train() -> None:
     assert not equal(before, moved[0])
 
 
-@pytest.mark.parametrize("include_frozen", [False, True])
 def test_adapters_are_only_watched_unless_somebody_chose(
-    include_frozen: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = lora()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    watched = Watched(model, optimizer, include_frozen=include_frozen)
+    watched = Watched(model, optimizer)
     watched.handle.close()
     assert watched.handle.mode == "shadow"
     assert any("adapters" in line and "shadow" in line and "no gain" in line for line in caplog.messages)
     monkeypatch.setenv("NOWCAST_MODE", "on")
-    chosen = Watched(model, optimizer, include_frozen=include_frozen)
+    chosen = Watched(model, optimizer)
     chosen.handle.close()
     assert chosen.handle.mode == "on"
 
