@@ -88,6 +88,7 @@ def prometheus(binary: str, service: str, tmp_path_factory: pytest.TempPathFacto
     config["global"]["scrape_interval"] = "1s"
     (folder / "key").write_text(KEY)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    (folder / "alerts.yml").write_text((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())
     port, log = free_port(), folder / "log"
     url = f"http://127.0.0.1:{port}"
     arguments = (
@@ -170,6 +171,7 @@ def test_configuration_is_valid(binary: str, tmp_path: Path) -> None:
     checker = shutil.which("promtool") or pytest.skip("no promtool beside prometheus")
     shipped = (ROOT / "docker" / "prometheus" / "prometheus.yml").read_text()
     (tmp_path / "key").touch()
+    (tmp_path / "alerts.yml").write_text((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())
     (tmp_path / "prometheus.yml").write_text(shipped.replace("/tmp/nowcast-key", str(tmp_path / "key")))
     done = subprocess.run(
         [checker, "check", "config", tmp_path / "prometheus.yml"],
