@@ -94,6 +94,16 @@ class Settings(BaseSettings):
         default=64, description="Pages and terminals that may watch at once."
     )
 
+    # How much it does of what a spec asks for
+    spec_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        default=2.5,
+        description="Seconds of processor time for the neural graph of one spec, plus one per 10^9 weights; it is "
+        "computed in a process of its own.",
+    )
+    spec_memory: ByteSize = Field(
+        default=ByteSize(256 * 2**20), description="Bytes that may take, plus one per 16 weights."
+    )
+
     # How much it does at once
     max_queue: Annotated[int, Field(ge=1)] = Field(
         default=16, description="Nowcasts admitted at once, the running one included; more are answered 429."

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from nowcast_service.files.snapshots import read_snapshot
+from nowcast_service.graph.positional import positional_encoding
 from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import save_checkpoint
 from nowcast_service.predictors import BASELINES, make_predictor
-from nowcast_service.predictors.graphs import Graphs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -126,7 +126,7 @@ def test_positions_update_scale_and_precision_are_used(case):
     found, newest = load_file(case.out), case.past.snapshots[-1]
     assert update_error(found, wanted, newest) < 1e-6
     assert update_error(found, plain, newest) > 1e-2
-    np.save(case.folder / "own.npy", Graphs(9).positions(build_graph(SPEC)).numpy())
+    np.save(case.folder / "own.npy", positional_encoding(build_graph(SPEC)).numpy())
     assert case.run(positions=case.folder / "own.npy").status == 0
     assert update_error(load_file(case.out), plain, newest) < 1e-6
 
@@ -171,7 +171,7 @@ def test_verbose_times_the_phases_on_stderr(case):
     outcome = case.run("--verbose")
     assert outcome.status == 0
     assert outcome.out == ""
-    for phase in ("checkpoint", "snapshots", "graph", "positions", "output", "write", "together"):
+    for phase in ("checkpoint", "snapshots", "graph", "output", "write", "together"):
         assert f" s  {phase}" in outcome.err
 
 

@@ -96,6 +96,9 @@ def predict(
         architecture = ArchitectureSpec.read(spec)
     with progress_bar("predicting") as progress:
         with _phase(timings, "checkpoint"):
+            from nowcast_service.predictors.graphs import Graphs
+
+            graphs = Graphs()
             made = _predictor(
                 predictor,
                 checkpoint,
@@ -107,6 +110,7 @@ def predict(
                 precision=precision,
                 memory_budget=budget,
                 threads=threads,
+                graphs=graphs,
                 reference=reference,
                 progress=progress,
                 timings=timings,
@@ -125,7 +129,7 @@ def predict(
     with _phase(timings, "write"):
         write_parameters(out, parameters)
     if verbose:
-        _report(timings, made, architecture)
+        _report(timings, made, graphs, architecture)
 
 
 def _predictor(name: str | None, checkpoint: str | None, edgewise: str | None, **options: Any) -> Any:
@@ -159,11 +163,13 @@ def _check_device(device: str) -> None:
         )
 
 
-def _report(timings: dict[str, float], predictor: Any, spec: Any) -> None:
+def _report(timings: dict[str, float], predictor: Any, graphs: Any, spec: Any) -> None:
+    from nowcast_service.predictors.graphs import coverage
+
     for phase, seconds in timings.items():
         typer.echo(f"{seconds:10.3f} s  {phase}", err=True)
     typer.echo(f"{sum(timings.values()):10.3f} s  together", err=True)
-    for entry in predictor.coverage(spec):
+    for entry in coverage(graphs, spec, predictor.needs):
         if entry.rule != "graph":
             typer.echo(f"outside the graph ({entry.rule}): {entry.parameter}: {entry.reason}", err=True)
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from nowcast_service.graph.blocks import NeuralGraph
+from collections import Counter
+from collections.abc import Sequence
+
+from nowcast_proto.messages import CoverageReport, OutsideGraph
+from nowcast_proto.spec import ArchitectureSpec
+
+from nowcast_service.graph.blocks import Coverage, NeuralGraph
+
+SHOWN_OUTSIDE = 32
+"""Parameters outside the graph that a report names; the others are counted."""
 
 _FATE = {"graph": "graph", "left": "left as it is", "edgewise": "edge-wise"}
 
@@ -34,3 +43,20 @@ def table(graph: NeuralGraph) -> str:
         f"({share:.2f} %); {graph.n_nodes:,} neurons, {graph.n_edges:,} edges, {graph.wiring} wiring"
     )
     return "\n".join(lines)
+
+
+def report(entries: Sequence[Coverage], spec: ArchitectureSpec) -> CoverageReport:
+    """The coverage of a spec's parameters, counted."""
+    sizes = {parameter.name: parameter.numel for parameter in spec.parameters}
+    elements: Counter[str] = Counter()
+    for entry in entries:
+        elements[entry.rule] += sizes[entry.parameter]
+    outside = [entry for entry in entries if entry.rule != "graph"]
+    return CoverageReport(
+        parameters=Counter(entry.rule for entry in entries),
+        elements=elements,
+        outside=tuple(
+            OutsideGraph(parameter=entry.parameter, rule=entry.rule, reason=entry.reason)
+            for entry in outside[:SHOWN_OUTSIDE]
+        ),
+    )

@@ -30,7 +30,6 @@ from nowcast_service.http.routes import router
 from nowcast_service.http.watching import PAGE
 from nowcast_service.http.watching import router as watching
 from nowcast_service.observe.logs import FIELDS
-from nowcast_service.runtime.catalogue import Catalogue
 from nowcast_service.runtime.service import Service, version
 from nowcast_service.settings import Settings
 
@@ -116,12 +115,11 @@ class Gate:
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={FIELDS: fields})
 
 
-def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None) -> FastAPI:
     """Make the application.
 
     Args:
         settings: How it is set up; from the environment when absent.
-        catalogue: What it predicts with; from the settings when absent.
 
     Returns:
         A FastAPI application whose ``state.service`` is its `Service`.
@@ -129,16 +127,16 @@ def create_app(settings: Settings | None = None, *, catalogue: Catalogue | None 
     Raises:
         NowcastError: Keys, checkpoint or predictor of the settings cannot be used.
     """
-    service = Service(settings or Settings(), catalogue)
+    service = Service(settings or Settings())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         housekeeping = asyncio.create_task(service.keep_house())
         yield
         housekeeping.cancel()
         await service.save()
-        service.engine.stop()
+        service.stop()
 
     app = FastAPI(
         title="Nowcast",

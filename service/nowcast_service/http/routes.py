@@ -55,6 +55,7 @@ from torch import Tensor
 from nowcast_service.http import examples
 from nowcast_service.http.bodies import StreamReply, check_media_type, disconnected, read_all, receive_stream
 from nowcast_service.observe.metrics import CONTENT_TYPE
+from nowcast_service.predictors.base import Predictor, check_count, check_even, check_horizon, check_kept
 from nowcast_service.runtime.answer import Prediction, predict
 from nowcast_service.runtime.arrival import (
     check_finite,
@@ -66,7 +67,7 @@ from nowcast_service.runtime.arrival import (
 )
 from nowcast_service.runtime.budget import Reservation
 from nowcast_service.runtime.catalogue import Key
-from nowcast_service.runtime.device_queue import Job
+from nowcast_service.runtime.device_queue import Check, Job
 from nowcast_service.runtime.service import Service, finished, version
 from nowcast_service.runtime.session import Nowcast, Session, job_digest
 
@@ -143,10 +144,12 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
         received = time.monotonic()
         deadline = message.deadline or service.settings.default_deadline
 
-        def work() -> Prediction:
-            return predict(service.catalogue.predictor(key), message.spec, snapshots, message)
+        predictor = await service.predictor(key)
 
-        job = service.submit(place, key, work, seconds=deadline - (received - began))
+        def work(check: Check) -> Prediction:
+            return predict(predictor, message.spec, snapshots, message, graphs=service.specs, check=check)
+
+        job = service.submit(place, key, message.spec, work, seconds=deadline - (received - began))
         await _answered(request, job, deadline - (received - began))
         prediction = job.result()
     except BaseException:
@@ -282,11 +285,16 @@ async def put_session(
     """Create a session for one model. The same body again changes nothing; another one is a conflict."""
     service.engine.check_open()
     body = await read_all(request, cap=int(service.settings.max_json), idle=service.settings.upload_idle)
-    session, new = service.sessions.create(tenant, name, read_json(SessionCreate, body))
+    wanted = read_json(SessionCreate, body)
+    service.sessions.check_size(name, wanted)
+    fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
+    made = await service.predictor(service.catalogue.resolve(fields))
+    if predictor or checkpoint:  # else it is not said yet which one will read them
+        check_kept(wanted.keep, made.context, f"predictor {made.name}")
+    coverage = await service.coverage(tenant, made, wanted.spec)
+    session, new = service.sessions.create(tenant, name, wanted)
     service.board.opened(tenant, name, session.spec)
     response.status_code = 201 if new else 200
-    fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
-    coverage = await asyncio.to_thread(service.coverage, fields, session.spec)
     return _state(service, session).model_copy(update={"coverage": coverage})
 
 
@@ -416,18 +424,22 @@ async def post_nowcast(
     """Queue a nowcast of snapshots the service holds. The same id and body again changes nothing."""
     body = await read_all(request, cap=int(service.settings.max_json), idle=service.settings.upload_idle)
     question = read_json(NowcastJob, body)
+    made = await service.predictor(service.catalogue.resolve(question))
     session = service.sessions.get(tenant, name)
     found = session.earlier(question)
     if found is None:
-        found = _begin(service, session, question)
+        found = _begin(service, session, question, made)
     status = _status(service, session, found)
     response.headers["Location"] = status.location
     return status
 
 
-def _begin(service: Service, session: Session, question: NowcastJob) -> Nowcast:
+def _begin(service: Service, session: Session, question: NowcastJob, predictor: Predictor) -> Nowcast:
     service.engine.check_open()
     key = service.catalogue.resolve(question)
+    check_horizon(question.k, predictor.farthest)
+    check_count(len(question.steps), predictor.context, f"predictor {predictor.name}")
+    check_even(question.steps)
     history = session.history(question.steps)
     session.check_turn()
     place = service.engine.admit(session.tenant)
@@ -435,16 +447,15 @@ def _begin(service: Service, session: Session, question: NowcastJob) -> Nowcast:
 
     undo: list[tuple[Key, Any]] = []
 
-    def work() -> Prediction:
+    def work(check: Check) -> Prediction:
         before = session.states.get(key)
-        prediction = predict(
-            service.catalogue.predictor(key), session.spec, [s.tensors for s in history], question, before
-        )
+        tensors = [snapshot.tensors for snapshot in history]
+        prediction = predict(predictor, session.spec, tensors, question, before, graphs=service.specs, check=check)
         session.states[key] = prediction.state
         undo.append((key, before))
         return prediction
 
-    job = service.submit(place, key, work, seconds=question.deadline or service.settings.default_deadline)
+    job = service.submit(place, key, session.spec, work, seconds=question.deadline or service.settings.default_deadline)
     found = Nowcast(question, job_digest(question), job, key, undo)
     session.remember(found)
     return found

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nowcast_service.nino.checkpoint import Checkpoint
     from nowcast_service.predictors.base import Predictor
+    from nowcast_service.predictors.graphs import Source
 
 BASELINES = ("linear", "lawa", "snoo", "identity")
 """Predictors that need no checkpoint."""
@@ -40,6 +41,7 @@ def make_predictor(
     precision: str = "float32",
     memory_budget: int | None = None,
     threads: int | None = None,
+    graphs: Source | None = None,
     reference: bool = False,
     progress: Callable[[int, int], None] | None = None,
     timings: dict[str, float] | None = None,
@@ -57,6 +59,7 @@ def make_predictor(
         precision: Of the exact engine's products.
         memory_budget: Bytes the exact engine may use beyond the snapshots; None for its default.
         threads: CPU threads of the exact engine; None for all.
+        graphs: Where neural graphs come from; computed on the spot when None.
         reference: Evaluate ``nino`` by the reference twin.
         progress: Called with (done, total) as work goes on.
         timings: Filled with seconds by phase.
@@ -94,7 +97,9 @@ def make_predictor(
 
         if precision != "float32":
             raise InvalidRequest(f"precision {precision!r} is not available for predictor wnn", expected="float32")
-        return Wnn(checkpoint, device=device, update_scale=update_scale, progress=progress, timings=timings)
+        return Wnn(
+            checkpoint, device=device, update_scale=update_scale, graphs=graphs, progress=progress, timings=timings
+        )
     from nowcast_service.predictors.nino import NiNo
 
     return NiNo(
@@ -107,6 +112,7 @@ def make_predictor(
         precision=precision,
         memory_budget=memory_budget,
         threads=threads,
+        graphs=graphs,
         reference=reference,
         progress=progress,
         timings=timings,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from nowcast_proto.errors import HorizonOutOfRange, InvalidSnapshot
-from nowcast_proto.spec import ArchitectureSpec
+from nowcast_proto.errors import HorizonOutOfRange, InvalidRequest, InvalidSnapshot
 from torch import Tensor
 
-from nowcast_service.graph.blocks import Coverage
 from nowcast_service.history import History, all_finite
+from nowcast_service.predictors.graphs import Needs
 
+Check = Callable[[], None]
 FARTHEST_BASELINE = 1_000_000
 """Largest horizon of predictors without a trained horizon; beyond it a request is a mistake."""
 State = dict[str, Any]
 """What a predictor carries from one nowcast of a session to the next; empty for all but `snoo`. A caller that rejects
 or rolls back a nowcast hands the state from before it to the next call."""
+
+
+def unasked() -> None:
+    """The answer is always wanted."""
 
 
 class Predictor(Protocol):
@@ -28,18 +33,20 @@ class Predictor(Protocol):
     """Snapshots needed; 0 where any number from two on will do."""
     farthest: int
     """Largest horizon it can be asked for."""
+    needs: Sequence[Needs]
+    """What it wants computed from a spec before it predicts; empty where it looks at no graph."""
 
-    def coverage(self, spec: ArchitectureSpec) -> Sequence[Coverage]:
-        """What becomes of every parameter; empty where all are treated alike."""
-        ...
-
-    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+    def predict(
+        self, history: History, k: int, state: State | None = None, *, check: Check = unasked
+    ) -> tuple[dict[str, Tensor], State]:
         """Predict all parameters.
 
         Args:
             history: Snapshots, oldest first, evenly spaced by one stride.
             k: Horizon in strides, counted from the newest snapshot.
             state: What the previous call of this session returned, or None.
+            check: To be called between parts of the work, a few times a second; raises when the answer is no longer
+                wanted.
 
         Returns:
             Name -> float32 tensor of future parameters (not deltas), under the spec's names and shapes; and the state
@@ -78,6 +85,33 @@ def check_count(count: int, context: int, who: str) -> None:
             f"{count} snapshots were given",
             expected=f"exactly {context}, the context of {who}" if context else f"at least 2 for {who}",
             remedy="send evenly spaced snapshots, oldest first",
+        )
+
+
+def check_kept(keep: int, context: int, who: str) -> None:
+    """Refuse to keep fewer snapshots than a predictor reads.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if keep < context:
+        raise InvalidRequest(
+            f"a session that keeps {keep} snapshots", expected=f"at least {context}, the context of {who}"
+        )
+
+
+def check_even(steps: Sequence[int]) -> None:
+    """Refuse snapshots that do not lie one stride apart: every predictor reads them so.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    strides = [b - a for a, b in pairwise(steps)]
+    if any(stride != strides[0] for stride in strides):
+        raise InvalidRequest(
+            f"the steps {list(steps)} lie {min(strides)} to {max(strides)} apart",
+            expected="snapshots that are evenly spaced, one stride apart",
+            remedy="ask with the newest evenly spaced snapshots",
         )
 
 

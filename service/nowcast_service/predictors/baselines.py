@@ -10,12 +10,20 @@ from typing import ClassVar
 
 import torch
 from nowcast_proto.errors import InvalidSnapshot
-from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
 
-from nowcast_service.graph.blocks import Coverage
 from nowcast_service.history import History
-from nowcast_service.predictors.base import FARTHEST_BASELINE, State, check_count, check_finite, check_horizon, move
+from nowcast_service.predictors.base import (
+    FARTHEST_BASELINE,
+    Check,
+    State,
+    check_count,
+    check_finite,
+    check_horizon,
+    move,
+    unasked,
+)
+from nowcast_service.predictors.graphs import Needs
 
 
 class _Weighted:
@@ -24,10 +32,7 @@ class _Weighted:
     name: ClassVar[str]
     context = 0
     farthest = FARTHEST_BASELINE
-
-    def coverage(self, spec: ArchitectureSpec) -> tuple[Coverage, ...]:
-        """See `Predictor.coverage`."""
-        return ()
+    needs: ClassVar[tuple[Needs, ...]] = ()
 
     def __init__(self, *, update_scale: float = 1.0) -> None:
         self.update_scale = update_scale
@@ -36,13 +41,16 @@ class _Weighted:
         """Weight of each of n snapshots, oldest first, for horizon k."""
         raise NotImplementedError
 
-    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+    def predict(
+        self, history: History, k: int, state: State | None = None, *, check: Check = unasked
+    ) -> tuple[dict[str, Tensor], State]:
         """See `Predictor.predict`."""
         check_count(len(history), self.context, self.name)
         check_horizon(k)
         weights = self.weights(len(history), k)
         parameters = {}
         for name in history.spec.shapes():
+            check()
             newest = history.newest(name).float()
             target = newest.clone()
             for snapshot, weight in zip(history.snapshots[:-1], weights[:-1], strict=True):
@@ -98,17 +106,16 @@ class Snoo:
     name = "snoo"
     context = 0
     farthest = FARTHEST_BASELINE
-
-    def coverage(self, spec: ArchitectureSpec) -> tuple[Coverage, ...]:
-        """See `Predictor.coverage`."""
-        return ()
+    needs: ClassVar[tuple[Needs, ...]] = ()
 
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.5, update_scale: float = 1.0) -> None:
         if not lr > 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr={lr}, momentum={momentum}: expected lr > 0 and momentum in [0, 1)")
         self.lr, self.momentum, self.update_scale = lr, momentum, update_scale
 
-    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+    def predict(
+        self, history: History, k: int, state: State | None = None, *, check: Check = unasked
+    ) -> tuple[dict[str, Tensor], State]:
         """See `Predictor.predict`; the state holds an ``anchor`` and a ``velocity``, each a tensor per parameter."""
         check_horizon(k)
         if state:
@@ -118,6 +125,7 @@ class Snoo:
         parameters: dict[str, Tensor] = {}
         velocities: dict[str, Tensor] = {}
         for name in history.spec.shapes():
+            check()
             newest = history.newest(name).float()
             anchor = (state["anchor"][name] if state else history.snapshots[0][name]).to(newest)
             gone = newest - anchor

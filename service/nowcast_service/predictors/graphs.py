@@ -1,16 +1,18 @@
-"""Neural graphs and positional encodings of the architectures at hand, kept by the spec's digest."""
+"""What predictors need of a spec before they can predict: its neural graph, and the positional encoding of that."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from nowcast_proto.errors import InvalidCheckpoint, InvalidSnapshot
 from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
 
-from nowcast_service.graph.blocks import NeuralGraph
+from nowcast_service.graph.blocks import Coverage, NeuralGraph
 from nowcast_service.nino.config import NiNoConfig
 
 Uncovered = Literal["left", "edgewise"]
@@ -19,47 +21,81 @@ KEPT = 8
 """Architectures remembered at once; an encoding takes 32 bytes per neuron."""
 
 
-class Graphs:
-    """Graphs with one limit on kernel positions, and their encodings. Safe to use from several threads.
+@dataclass(frozen=True)
+class Needs:
+    """What a predictor wants computed from a spec.
 
-    Args:
-        max_features: Kernel positions the checkpoint takes per edge.
-        uncovered: What the coverage table is to say of tensors outside the graph.
+    Attributes:
+        max_features: Kernel positions the checkpoint takes per edge; larger kernels stay out of the graph.
+        uncovered: What becomes of tensors outside the graph; None where the predictor treats all tensors alike, so
+            that there is nothing to report.
+        positions: The positional encoding too.
     """
 
-    def __init__(self, max_features: int, uncovered: Uncovered = "left") -> None:
-        self._max_features = max_features
-        self._uncovered: Uncovered = uncovered
-        self._graphs: OrderedDict[str, NeuralGraph] = OrderedDict()
-        self._positions: dict[str, Tensor] = {}
+    max_features: int
+    uncovered: Uncovered | None = "left"
+    positions: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What was computed.
+
+    Attributes:
+        graph: The neural graph.
+        positions: (n_nodes, 8) positional encoding, where it was asked for. Shared: not to be written to.
+    """
+
+    graph: NeuralGraph
+    positions: Tensor | None = None
+
+
+class Source(Protocol):
+    """Where predictors get it from."""
+
+    def prepared(self, spec: ArchitectureSpec, needs: Needs) -> Prepared:
+        """What the needs name, of this spec.
+
+        Raises:
+            NowcastError: It cannot be computed: see `build_graph`, and whatever bounds the source sets.
+        """
+        ...
+
+
+def prepare(spec: ArchitectureSpec, needs: Needs) -> Prepared:
+    """Compute it, here and now; see `build_graph` for the errors."""
+    from nowcast_service.graph.positional import positional_encoding
+    from nowcast_service.graph.wiring.build import build_graph
+
+    graph = build_graph(spec, max_features=needs.max_features, uncovered=needs.uncovered or "left")
+    return Prepared(graph, positional_encoding(graph) if needs.positions else None)
+
+
+class Graphs:
+    """Computes in the calling thread and keeps the latest by the spec's digest. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, Needs], Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
-    def graph(self, spec: ArchitectureSpec) -> NeuralGraph:
-        """The graph of an architecture; see `build_graph` for the errors."""
-        from nowcast_service.graph.wiring.build import build_graph
-
-        key = spec.digest()
+    def prepared(self, spec: ArchitectureSpec, needs: Needs) -> Prepared:
+        """See `Source.prepared`. Two threads that ask for the same at once both compute it: no lock is held."""
+        key = spec.digest(), needs
         with self._lock:
-            if key in self._graphs:
-                self._graphs.move_to_end(key)
-            else:
-                self._graphs[key] = build_graph(spec, max_features=self._max_features, uncovered=self._uncovered)
-                while len(self._graphs) > KEPT:
-                    self._positions.pop(self._graphs.popitem(last=False)[0], None)
-            return self._graphs[key]
-
-    def positions(self, graph: NeuralGraph) -> Tensor:
-        """(n_nodes, 8) positional encoding of a graph."""
-        from nowcast_service.graph.positional import positional_encoding
-
-        key = graph.spec.digest()
+            found = self._kept.get(key)
+        made = found or prepare(spec, needs)
         with self._lock:
-            if key not in self._positions:
-                encoding = positional_encoding(graph)
-                if key not in self._graphs:
-                    return encoding
-                self._positions[key] = encoding
-            return self._positions[key]
+            made = self._kept.setdefault(key, made)
+            self._kept.move_to_end(key)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+
+def coverage(source: Source, spec: ArchitectureSpec, needs: Sequence[Needs]) -> tuple[Coverage, ...]:
+    """What a predictor with these needs does with every parameter; empty where it treats all alike."""
+    reported = next((need for need in needs if need.uncovered is not None), None)
+    return () if reported is None else source.prepared(spec, reported).graph.coverage
 
 
 def check_fit(graph: NeuralGraph, config: NiNoConfig) -> None:

@@ -9,16 +9,15 @@ from contextlib import contextmanager
 
 import torch
 from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest
-from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
 
-from nowcast_service.graph.blocks import Coverage, NeuralGraph
+from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
-from nowcast_service.predictors.base import State, check_count, check_finite, check_horizon, move
-from nowcast_service.predictors.graphs import Graphs, Uncovered, check_fit, check_positions
-from nowcast_service.predictors.wnn import ANY_KERNEL, EdgewiseNetwork, Progress, predict_edgewise, segments
+from nowcast_service.predictors.base import Check, State, check_count, check_finite, check_horizon, move, unasked
+from nowcast_service.predictors.graphs import Graphs, Needs, Source, Uncovered, check_fit, check_positions
+from nowcast_service.predictors.wnn import TYPES, EdgewiseNetwork, Progress, checked, predict_edgewise, segments
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ class NiNo:
         precision: Of matrix products; see `ExactEngine`.
         memory_budget: Bytes the engine may use beyond the snapshots, or None for its default.
         threads: CPU threads, or None for all.
+        graphs: Where graphs and positional encodings come from; computed on the spot when None.
         reference: Use the reference twin instead of the engine.
         progress: Called with (edges done, edges in all).
         timings: Filled with seconds by phase.
@@ -59,6 +59,7 @@ class NiNo:
         precision: str = "float32",
         memory_budget: int | None = None,
         threads: int | None = None,
+        graphs: Source | None = None,
         reference: bool = False,
         progress: Progress | None = None,
         timings: dict[str, float] | None = None,
@@ -89,8 +90,9 @@ class NiNo:
                 f"the edge-wise checkpoint reads {self._edgewise.config.context} snapshots",
                 expected=f"{self.context}, as the graph network does",
             )
-        self._graphs = Graphs(config.max_features, uncovered)
-        self._kernels = Graphs(ANY_KERNEL)
+        self._graphs = graphs or Graphs()
+        self._graph = Needs(config.max_features, uncovered, positions=config.lpe > 0 and positions is None)
+        self.needs = (self._graph, TYPES) if self._edgewise else (self._graph,)
         self._progress = progress
         self._timings = timings
         self._twin = checkpoint.twin().to(device) if reference else None
@@ -100,20 +102,19 @@ class NiNo:
         elif precision != "float32":
             raise InvalidRequest(f"precision {precision!r} is not available for the reference twin", expected="float32")
 
-    def coverage(self, spec: ArchitectureSpec) -> tuple[Coverage, ...]:
-        """See `Predictor.coverage`."""
-        return self._graphs.graph(spec).coverage
-
-    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+    def predict(
+        self, history: History, k: int, state: State | None = None, *, check: Check = unasked
+    ) -> tuple[dict[str, Tensor], State]:
         """See `Predictor.predict`."""
-        return self.predict_many(history, (k,))[0], {}
+        return self.predict_many(history, (k,), check=check)[0], {}
 
-    def predict_many(self, history: History, ks: Sequence[int]) -> list[dict[str, Tensor]]:
+    def predict_many(self, history: History, ks: Sequence[int], *, check: Check = unasked) -> list[dict[str, Tensor]]:
         """Predict at several horizons in one pass, at little more than the cost of one.
 
         Args:
             history: As many snapshots as the checkpoint's context.
             ks: Horizons in strides.
+            check: See `Predictor.predict`.
 
         Returns:
             For each horizon, name -> float32 tensor of future parameters.
@@ -124,14 +125,13 @@ class NiNo:
         check_count(len(history), self.context, "the checkpoint")
         check_horizon(ks, self.config.seq_len)
         with self._phase("graph"):
-            graph = self._graphs.graph(history.spec)
+            prepared = self._graphs.prepared(history.spec, self._graph)
+            graph = prepared.graph
             check_fit(graph, self.config)
             if self._positions is not None:
                 check_positions(self._positions, graph)
-        positions = self._positions
-        if positions is None and self.config.lpe:
-            with self._phase("positions"):
-                positions = self._graphs.positions(graph)
+        positions = prepared.positions if self._positions is None else self._positions
+        progress = checked(check, self._progress)
         if self._twin is not None:
             with self._phase("network"):
                 predictions = self._by_twin(graph, history, ks, positions)
@@ -142,7 +142,7 @@ class NiNo:
                 ks,
                 positions=positions,
                 update_scale=self._update_scale,
-                progress=self._progress,
+                progress=progress,
                 timings=self._timings,
             )
         outside = [entry.parameter for entry in graph.coverage if entry.rule != "graph"]
@@ -150,11 +150,18 @@ class NiNo:
             log.info("%d of %d tensors are outside the graph: %s", len(outside), len(graph.coverage), self._uncovered)
         if self._edgewise and outside:
             with self._phase("edgewise"):
-                types = segments(self._kernels.graph(history.spec))
+                types = segments(self._graphs.prepared(history.spec, TYPES).graph)
                 for k, prediction in zip(ks, predictions, strict=True):
                     chosen = {name: types[name] for name in outside}
                     prediction.update(
-                        predict_edgewise(self._edgewise, history, k, chosen, update_scale=self._update_scale)
+                        predict_edgewise(
+                            self._edgewise,
+                            history,
+                            k,
+                            chosen,
+                            update_scale=self._update_scale,
+                            progress=checked(check),
+                        )
                     )
         names = history.spec.shapes()
         for number, prediction in enumerate(predictions):

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from nowcast_proto.errors import InvalidCheckpoint
-from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
 
-from nowcast_service.graph.blocks import Coverage, EdgeType, NeuralGraph, View
+from nowcast_service.graph.blocks import EdgeType, NeuralGraph, View
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.scaling import Scale, scale_of
-from nowcast_service.predictors.base import State, check_count, check_finite, check_horizon
-from nowcast_service.predictors.graphs import Graphs, check_fit
+from nowcast_service.predictors.base import Check, State, check_count, check_finite, check_horizon, unasked
+from nowcast_service.predictors.graphs import Graphs, Needs, Source, check_fit
 
 CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 """Weights per pass; on a CPU a chunk's hidden vectors (4 MiB at width 128) stay in the cache."""
@@ -31,8 +30,21 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ANY_KERNEL = 1 << 31
 """Limit on kernel positions of the graph the types of edges come from: none, positions are predicted one by one."""
+TYPES = Needs(ANY_KERNEL, uncovered=None)
+"""The graph that only the types of edges are read from."""
 Progress = Callable[[int, int], None]
 """Called with (done, total), in weights or edges."""
+
+
+def checked(check: Check, progress: Progress | None = None) -> Progress:
+    """Progress that also asks whether the answer is still wanted: it is told of every tile."""
+
+    def report(done: int, total: int) -> None:
+        check()
+        if progress is not None:
+            progress(done, total)
+
+    return report
 
 
 class EdgewiseNetwork:
@@ -100,11 +112,13 @@ class Wnn:
         checkpoint: Of an edge-wise network.
         device: Where to compute; snapshots are sent there chunk by chunk.
         update_scale: Factor on the update.
+        graphs: Where graphs come from; computed on the spot when None.
         progress: Called with (weights done, weights in all).
         timings: Filled with seconds by phase.
     """
 
     name = "wnn"
+    needs = (TYPES,)
 
     def __init__(
         self,
@@ -112,26 +126,25 @@ class Wnn:
         *,
         device: torch.device | str = "cpu",
         update_scale: float = 1.0,
+        graphs: Source | None = None,
         progress: Progress | None = None,
         timings: dict[str, float] | None = None,
     ) -> None:
         self.network = EdgewiseNetwork(checkpoint, device)
         self.context = checkpoint.config.context
         self.farthest = checkpoint.config.seq_len
-        self._graphs = Graphs(ANY_KERNEL)
+        self._graphs = graphs or Graphs()
         self._update_scale = update_scale
         self._progress = progress
         self._timings = timings
 
-    def coverage(self, spec: ArchitectureSpec) -> tuple[Coverage, ...]:
-        """See `Predictor.coverage`."""
-        return ()
-
-    def predict(self, history: History, k: int, state: State | None = None) -> tuple[dict[str, Tensor], State]:
+    def predict(
+        self, history: History, k: int, state: State | None = None, *, check: Check = unasked
+    ) -> tuple[dict[str, Tensor], State]:
         """See `Predictor.predict`."""
         check_count(len(history), self.context, "the checkpoint")
         check_horizon(k, self.network.config.seq_len)
-        graph = self._graphs.graph(history.spec)
+        graph = self._graphs.prepared(history.spec, TYPES).graph
         check_fit(graph, self.network.config)
         start = time.perf_counter()
         parameters = predict_edgewise(
@@ -140,7 +153,7 @@ class Wnn:
             k,
             segments(graph),
             update_scale=self._update_scale,
-            progress=self._progress,
+            progress=checked(check, self._progress),
         )
         check_finite(parameters, self.name)
         if self._timings is not None:
@@ -211,6 +224,8 @@ def predict_edgewise(
         if not scale.constant:
             for edge_type, view, shape in parts:
                 for tile in _tiles(view, shape, CHUNK.get(network.device.type, CHUNK["cuda"])):
+                    if progress:
+                        progress(done, total)
                     x = torch.stack([tile(flat).reshape(-1).to(network.device) for flat in flats], dim=1)
                     x = scale.apply(x)  # (n, context)
                     y = network(x, int(edge_type), k).mul_(factor)

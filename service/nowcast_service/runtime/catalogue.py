@@ -15,6 +15,7 @@ from nowcast_proto.messages import ModelInfo, PredictionFields
 
 from nowcast_service.predictors import BASELINES, NAMES, make_predictor, predictor_for
 from nowcast_service.predictors.base import Predictor
+from nowcast_service.predictors.graphs import Source
 from nowcast_service.settings import Settings
 from nowcast_service.weights.registry import (
     DEFAULT,
@@ -43,6 +44,7 @@ class Catalogue:
         default_checkpoint: Name used when a request names none.
         default_predictor: Predictor used when a request names neither.
         threads: CPU threads of one prediction; None for PyTorch's choice.
+        graphs: Where predictors have their graphs from; computed on the spot when None.
     """
 
     device: str = "cpu"
@@ -50,11 +52,12 @@ class Catalogue:
     default_checkpoint: str | None = None
     default_predictor: str | None = None
     threads: int | None = None
+    graphs: Source | None = None
     _made: dict[Key, Predictor] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, settings: Settings) -> Catalogue:
+    def of(cls, settings: Settings, graphs: Source | None = None) -> Catalogue:
         """The shipped checkpoints, those fetched before, and the one the settings name, which is loaded to see it fits.
 
         Raises:
@@ -76,7 +79,7 @@ class Catalogue:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        catalogue = cls(device, files, default, settings.predictor, settings.threads or None)
+        catalogue = cls(device, files, default, settings.predictor, settings.threads or None, graphs)
         catalogue.predictor(catalogue.resolve_default())
         return catalogue
 
@@ -111,6 +114,10 @@ class Catalogue:
             )
         return predictor or "", checkpoint
 
+    def loaded(self, key: Key) -> bool:
+        """Whether `predictor` answers at once."""
+        return key in self._made
+
     def resolve_default(self) -> Key:
         """What a request that names nothing means."""
         return self.resolve(PredictionFields(k=1))
@@ -127,6 +134,8 @@ class Catalogue:
         Raises:
             InvalidCheckpoint: The checkpoint is not one, or not for this predictor.
         """
+        if key in self._made:  # without the lock: another one may just be loading
+            return self._made[key]
         with self._lock:
             if key not in self._made:
                 name, checkpoint = key
@@ -134,7 +143,9 @@ class Catalogue:
                 if checkpoint is not None:
                     loaded = resolve_checkpoint(self.files[checkpoint], fetch=False)
                     name = name or predictor_for(loaded)
-                self._made[key] = make_predictor(name, loaded, device=self.device, threads=self.threads)
+                self._made[key] = make_predictor(
+                    name, loaded, device=self.device, threads=self.threads, graphs=self.graphs
+                )
             return self._made[key]
 
     def models(self) -> tuple[ModelInfo, ...]:

@@ -7,16 +7,20 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, NowcastError, TooLarge, Unavailable
 
+from nowcast_service.runtime.turns import Turns
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 State = Literal["queued", "running", "done", "failed"]
+Check = Callable[[], None]
+"""What work calls between its parts: it raises when the answer is no longer wanted."""
 
 
 @dataclass(eq=False)
@@ -41,18 +45,46 @@ class Job(Generic[T]):
     """One piece of work for the device.
 
     Attributes:
+        work: Given what to call between its parts, which ends it when nobody wants the answer any more.
+        after: What has to be there first; where one of them fails, so does the job.
         future: Resolves to the work's value, or to a `NowcastError`.
         enqueued: When it was queued, on the monotonic clock.
         started: When the device took it up; None before.
     """
 
-    work: Callable[[], T] | None
+    work: Callable[[Check], T] | None
     place: Place
     deadline: float
     ended: Callable[[Job[T]], None]
+    after: tuple[Future[Any], ...] = ()
     future: Future[T] = field(default_factory=Future)
     enqueued: float = field(default_factory=time.monotonic)
     started: float | None = None
+    unwanted: bool = False
+
+    def check(self) -> None:
+        """State that the answer is still wanted.
+
+        Raises:
+            DeadlineExceeded: It is not, or comes too late.
+        """
+        if self.unwanted:
+            raise DeadlineExceeded("nobody waits for the nowcast any more", remedy="ask again")
+        if time.monotonic() >= self.deadline:
+            if self.started is None or self.started >= self.deadline:
+                raise DeadlineExceeded(
+                    f"the nowcast waited {time.monotonic() - self.enqueued:.1f} s for the device, past its deadline",
+                    remedy="give a longer deadline, or come when the queue is shorter",
+                )
+            raise DeadlineExceeded(
+                f"the deadline passed {time.monotonic() - self.started:.1f} s after the nowcast had begun",
+                remedy="give a longer deadline, or use a session and fetch the answer later",
+            )
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that has to be there first is there, or has failed."""
+        return all(future.done() for future in self.after)
 
     def result(self) -> T:
         """The work's value, once it is there.
@@ -77,11 +109,11 @@ class Job(Generic[T]):
 
 
 class Engine:
-    """Runs jobs one at a time on one thread, which is what one device can do.
+    """Runs jobs one at a time on one thread, which is what one device can do; tenants take turns.
 
     Kernels release the interpreter lock, so the event loop keeps receiving and sending meanwhile. A place is held
-    until the job's kernel has really ended: a client that goes away frees a queued place at once, a running one not
-    before.
+    until the job has really ended: a client that goes away, or a deadline that passes, frees a queued place at once, a
+    running one at the next moment that the work asks whether it is still wanted.
 
     Args:
         max_jobs: Places, the running job's included.
@@ -92,7 +124,7 @@ class Engine:
         self._max_jobs = max_jobs
         self._max_per_tenant = max_jobs_per_tenant
         self._places: Counter[str] = Counter()
-        self._queue: deque[Job[Any]] = deque()
+        self._queue: Turns[Job[Any]] = Turns()
         self._running: Job[Any] | None = None
         self._ready = threading.Condition()
         self._draining = False
@@ -145,9 +177,10 @@ class Engine:
     def submit(
         self,
         place: Place,
-        work: Callable[[], T],
+        work: Callable[[Check], T],
         *,
         seconds: float,
+        after: tuple[Future[Any], ...] = (),
         ended: Callable[[Job[T]], None] = lambda job: None,
     ) -> Job[T]:
         """Queue work under a place, which the engine gives back when the work has ended.
@@ -156,23 +189,40 @@ class Engine:
             place: From `admit`.
             work: What to run on the device thread.
             seconds: After which nobody wants the answer any more.
-            ended: Called with the job on the device thread when it has run.
+            after: What has to be there before it begins; others go first meanwhile. Cancelled with the job.
+            ended: Called with the job when it has ended.
         """
-        job: Job[T] = Job(work, place, time.monotonic() + seconds, ended)
+        job: Job[T] = Job(work, place, time.monotonic() + seconds, ended, after)
         with self._ready:
-            self._queue.append(job)
+            self._queue.push(place.tenant, job)
             self._ready.notify()
+        for future in after:
+            future.add_done_callback(self._wake)
         return job
 
     def abandon(self, job: Job[Any]) -> None:
-        """Nobody waits for this job any more: free its place now if it has not begun."""
+        """Nobody waits for this job any more: drop it if it has not begun, else end it as soon as it can be."""
+        job.unwanted = True
+        if self._unqueue(job):
+            job.future.cancel()
+            self._clear(job)
+
+    def expire(self) -> None:
+        """Fail what has waited past its deadline; to be called now and then, as the device may be busy for long."""
+        now = time.monotonic()
         with self._ready:
-            if job in self._queue:
-                self._queue.remove(job)
-            elif job.started is not None:
-                return
-        job.future.cancel()
-        job.place.release()
+            late = [job for job in self._queue if job.deadline <= now]
+        for job in late:
+            if self._unqueue(job):
+                self._end(job, None, _caught(job.check))
+
+    def _unqueue(self, job: Job[Any]) -> bool:
+        with self._ready:
+            return self._queue.remove(job.place.tenant, job)
+
+    def _wake(self, _: object) -> None:
+        with self._ready:
+            self._ready.notify()
 
     @property
     def waiting(self) -> int:
@@ -182,11 +232,9 @@ class Engine:
     def before(self, job: Job[Any]) -> int:
         """Jobs that will end before this one begins."""
         with self._ready:
-            try:
-                place = self._queue.index(job)
-            except ValueError:
+            if job.started is not None or job.future.done():
                 return 0
-            return place + (self._running is not None)
+            return self._queue.before(job.place.tenant, job) + (self._running is not None)
 
     @property
     def running_for(self) -> float:
@@ -234,11 +282,11 @@ class Engine:
 
     def _next(self) -> Job[Any] | None:
         with self._ready:
-            while not self._queue and not self._stopped:
+            while (job := self._queue.pop(lambda _, waiting: waiting.ready)) is None:
+                if self._stopped and not len(self._queue):
+                    return None
                 self._ready.wait()
-            if not self._queue:
-                return None
-            self._running = job = self._queue.popleft()
+            self._running = job
             job.started = time.monotonic()
             return job
 
@@ -256,12 +304,18 @@ class Engine:
     def _clear(job: Job[Any]) -> None:
         # What the work closes over, a whole history, must not live as long as the answer.
         job.work = None
+        after, job.after = job.after, ()
+        for future in after:
+            future.cancel()
         job.place.release()
 
     def _run(self, job: Job[Any]) -> None:
         began = time.monotonic()
-        value, error = self._outcome(job, began)
+        value, error = self._outcome(job)
         self._recent.append(time.monotonic() - began)
+        self._end(job, value, error)
+
+    def _end(self, job: Job[Any], value: Any, error: NowcastError | None) -> None:
         # The place is free before the client hears of it: its next question must find it so.
         self._clear(job)
         if error is None:
@@ -273,16 +327,21 @@ class Engine:
         except Exception:  # whoever watches must not end the worker
             log.exception("counting a nowcast failed")
 
-    def _outcome(self, job: Job[Any], began: float) -> tuple[Any, NowcastError | None]:
-        if began >= job.deadline or job.work is None:
-            return None, DeadlineExceeded(
-                f"the nowcast waited {began - job.enqueued:.1f} s for the device, past its deadline",
-                remedy="give a longer deadline, or come when the queue is shorter",
-            )
+    @staticmethod
+    def _outcome(job: Job[Any]) -> tuple[Any, NowcastError | None]:
         try:
-            return job.work(), None
+            for future in job.after:
+                future.result()
+            job.check()
+            if job.work is None:
+                raise InternalError("the nowcast has run already")
+            value = job.work(job.check)
+            job.check()
+            return value, None
         except NowcastError as exc:
             return None, exc
+        except CancelledError:
+            return None, Unavailable("the service is shutting down", retry_after=5.0)
         except MemoryError:
             return None, _no_memory()
         except Exception as exc:  # the one place where a bug in a predictor must not end the service
@@ -290,6 +349,14 @@ class Engine:
                 return None, _no_memory()
             log.exception("a nowcast failed")
             return None, InternalError("the nowcast failed inside the service", remedy="see its log")
+
+
+def _caught(check: Check) -> NowcastError | None:
+    try:
+        check()
+    except NowcastError as exc:
+        return exc
+    return None
 
 
 def _no_memory() -> TooLarge:

@@ -59,6 +59,11 @@ class KeyRing:
             raise UnreadableFile("keys are asked for, but none is listed", remedy="add one with `nowcast key`")
         return cls(tuple(entries))
 
+    @property
+    def tenants(self) -> int:
+        """How many tenants there are; all callers are one where no keys are set."""
+        return len({tenant for tenant, _ in self.entries}) or 1
+
     def tenant(self, authorization: str | None) -> str:
         """The tenant a request's ``Authorization`` value belongs to.
 

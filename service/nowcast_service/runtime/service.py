@@ -9,28 +9,33 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from nowcast_proto.errors import Busy, NowcastError, Unavailable
-from nowcast_proto.messages import CoverageReport, PredictionFields
+from nowcast_proto.messages import CoverageReport
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.trainings import StatusReply
 
 from nowcast_service.observe.metrics import Metrics
-from nowcast_service.runtime.answer import Prediction, coverage_report, probe
+from nowcast_service.predictors.base import Predictor
+from nowcast_service.predictors.graphs import Prepared
+from nowcast_service.runtime.answer import PROBE, Prediction, probe
 from nowcast_service.runtime.archive import Archive
 from nowcast_service.runtime.budget import Budget
 from nowcast_service.runtime.catalogue import Catalogue, Key
-from nowcast_service.runtime.device_queue import Engine, Job, Place
+from nowcast_service.runtime.device_queue import Check, Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
 from nowcast_service.runtime.memory import Trimmer, resident
 from nowcast_service.runtime.session import Session, Snapshot
+from nowcast_service.runtime.spec_work import SpecWork
 from nowcast_service.runtime.store import SessionStore
 from nowcast_service.runtime.trainings import Board, movement
 from nowcast_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_SWEEP_EVERY = 0.25
 _PROBE_EVERY = 5.0
 _SAVE_EVERY = 15.0
 _LINGER = 5.0
@@ -48,18 +53,23 @@ class Service:
 
     Args:
         settings: How it is set up.
-        catalogue: What it predicts with; read from the settings when absent.
 
     Raises:
         NowcastError: Keys, checkpoint or predictor of the settings cannot be used.
     """
 
-    def __init__(self, settings: Settings, catalogue: Catalogue | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.keys = KeyRing.of(settings)
-        self.catalogue = catalogue or Catalogue.of(settings)
         self.budget = Budget(int(settings.budget))
+        self.specs = SpecWork(
+            self.budget,
+            seconds=settings.spec_seconds,
+            memory=int(settings.spec_memory),
+            several=self.keys.tenants > 1,
+        )
+        self.catalogue = Catalogue.of(settings, self.specs)
         self.memory = Trimmer()
         self.engine = Engine(max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key)
         self.sessions = SessionStore(
@@ -137,7 +147,8 @@ class Service:
         """Drop sessions that expire and hand back freed memory, as long as the service runs."""
         saved = time.monotonic()
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_SWEEP_EVERY)
+            self.engine.expire()
             self.sessions.sweep()
             self.board.sweep()
             if time.monotonic() - saved > _SAVE_EVERY:
@@ -175,8 +186,46 @@ class Service:
         finally:
             self._uploads -= 1
 
-    def submit(self, place: Place, key: Key, work: Callable[[], Prediction], *, seconds: float) -> Job[Prediction]:
-        """Queue a nowcast and count it when it ends."""
+    def start(self) -> None:
+        """Start the device's thread and the process that works on specs."""
+        self.engine.start()
+        self.specs.start()
+
+    def stop(self) -> None:
+        """End both; does not wait for the device."""
+        self.engine.stop()
+        self.specs.stop()
+
+    async def predictor(self, key: Key) -> Predictor:
+        """The predictor of a key; a checkpoint is read elsewhere than on the event loop.
+
+        Raises:
+            InvalidCheckpoint: The checkpoint is not one, or not for this predictor.
+        """
+        if self.catalogue.loaded(key):
+            return self.catalogue.predictor(key)
+        return await asyncio.to_thread(self.catalogue.predictor, key)
+
+    async def coverage(self, tenant: str, predictor: Predictor, spec: ArchitectureSpec) -> CoverageReport | None:
+        """What a predictor will do with each parameter; None where it looks at no graph.
+
+        Raises:
+            NowcastError: There can be no graph of this spec, or none that is worked out within bounds.
+        """
+        found = None
+        for need in predictor.needs:
+            report = await asyncio.wrap_future(self.specs.coverage(tenant, spec, need))
+            found = found or (report if need.uncovered else None)
+        return found
+
+    def submit(
+        self, place: Place, key: Key, spec: ArchitectureSpec, work: Callable[[Check], Prediction], *, seconds: float
+    ) -> Job[Prediction]:
+        """Queue a nowcast behind what has to be computed of its spec, and count it when it ends.
+
+        Raises:
+            Busy: As many specs of this tenant as may wait are waiting.
+        """
         label = key[0] or "nino"
 
         # The job comes as an argument: a closure over it would be a cycle, and hold its tensors until it is collected.
@@ -191,15 +240,16 @@ class Service:
                 self.metrics.stages.labels("compute").observe(prediction.compute)
                 self.metrics.stages.labels("output").observe(prediction.output)
 
-        return self.engine.submit(place, work, seconds=seconds, ended=count)
-
-    def coverage(self, request: PredictionFields, spec: ArchitectureSpec) -> CoverageReport | None:
-        """What the predictor a request means will do with each parameter; None where that cannot be said."""
         try:
-            return coverage_report(self.catalogue.predictor(self.catalogue.resolve(request)), spec)
-        except NowcastError as exc:
-            log.debug("no coverage of a %s: %s", spec.kind, exc)
-            return None
+            after = self._ahead(place.tenant, key, spec)
+        except NowcastError:
+            place.release()
+            raise
+        return self.engine.submit(place, work, seconds=seconds, after=after, ended=count)
+
+    def _ahead(self, tenant: str, key: Key, spec: ArchitectureSpec) -> tuple[Future[Prepared], ...]:
+        needs = self.catalogue.predictor(key).needs
+        return tuple(self.specs.prepare(tenant, spec, need) for need in needs)
 
     def count_in(self, nbytes: int) -> None:
         """Count bytes of a body received."""
@@ -248,13 +298,18 @@ class Service:
         if self._probe is None or self._probe.future.done():
             key = self.catalogue.resolve_default()
 
-            def work() -> float:
+            def work(check: Check) -> float:
                 began = time.perf_counter()
-                probe(self.catalogue.predictor(key))
+                probe(self.catalogue.predictor(key), self.specs, check)
                 return time.perf_counter() - began
 
             # Not under anybody's quota: readiness must be told from busyness.
-            self._probe = self.engine.submit(Place("", lambda place: None), work, seconds=self.settings.stall_after)
+            self._probe = self.engine.submit(
+                Place("", lambda place: None),
+                work,
+                seconds=self.settings.stall_after,
+                after=self._ahead("", key, PROBE),
+            )
         job = self._probe
         if not await finished(job, self.settings.ready_timeout):
             raise Unavailable(

@@ -21,7 +21,8 @@ from nowcast_service.runtime.budget import Reservation
 from nowcast_service.runtime.catalogue import Key
 from nowcast_service.runtime.device_queue import Job
 
-_VERDICTS = 1_000
+_REMEMBERED = 1_000
+"""Nowcasts, and verdicts on them, that a session remembers."""
 
 
 @dataclass(eq=False)
@@ -109,6 +110,7 @@ class Session:
     uploads: dict[int, Upload] = field(default_factory=dict)
     nowcasts: OrderedDict[str, Nowcast] = field(default_factory=OrderedDict)
     states: dict[Key, Any] = field(default_factory=dict)
+    asked: OrderedDict[str, None] = field(default_factory=OrderedDict)
     verdicts: OrderedDict[tuple[str, str], None] = field(default_factory=OrderedDict)
     dropped: bool = False
 
@@ -282,6 +284,9 @@ class Session:
 
     def remember(self, nowcast: Nowcast) -> None:
         """Keep a nowcast, and drop the oldest finished ones over the number of answers kept."""
+        self.asked[nowcast.request.nowcast] = None
+        while len(self.asked) > _REMEMBERED:
+            self.asked.popitem(last=False)
         self.nowcasts[nowcast.request.nowcast] = nowcast
         self.nowcasts.move_to_end(nowcast.request.nowcast)
         finished = [i for i, n in self.nowcasts.items() if n.job.state in ("done", "failed")]
@@ -321,12 +326,21 @@ class Session:
         """Note a verdict; whether it is the first of its kind for this nowcast.
 
         A nowcast that training refused leaves no trace in the predictor's state.
+
+        Raises:
+            NotFound: The session had no such nowcast.
         """
+        if verdict.nowcast not in self.asked:
+            raise NotFound(
+                f"session {self.name} had no nowcast {verdict.nowcast}",
+                expected=f"one of the last {_REMEMBERED} it was asked for",
+                remedy="send verdicts to the session that the nowcast came from",
+            )
         key = (verdict.nowcast, verdict.outcome)
         if key in self.verdicts:
             return False
         self.verdicts[key] = None
-        while len(self.verdicts) > _VERDICTS:
+        while len(self.verdicts) > _REMEMBERED:
             self.verdicts.popitem(last=False)
         found = self.nowcasts.get(verdict.nowcast)
         if found is not None and found.undo and verdict.outcome in ("rejected", "rolled_back", "shadow"):

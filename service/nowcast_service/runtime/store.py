@@ -93,16 +93,7 @@ class SessionStore:
                 )
             held.touched = time.monotonic()
             return held, False
-        # keep snapshots, one more on its way in, and the answers.
-        one = spec_bytes(request.spec, DTYPES[request.dtype])
-        need = (request.keep + 1) * one + self._results * spec_bytes(request.spec)
-        cap = min(self._session_bytes, self._tenant_bytes, self.budget.total)
-        if need > cap:
-            raise TooLarge(
-                f"session {name} would need {need} bytes",
-                expected=f"at most {cap}",
-                remedy="keep fewer snapshots, send them as bfloat16, or raise NOWCAST_BUDGET and its quotas",
-            )
+        need = self.check_size(name, request)
         session = Session(
             tenant,
             name,
@@ -117,6 +108,23 @@ class SessionStore:
         self._sessions[tenant, name] = session
         self._expired.pop((tenant, name), None)
         return session, True
+
+    def check_size(self, name: str, request: SessionCreate) -> int:
+        """Bytes a session will need: the snapshots kept, one more on its way in, and the answers.
+
+        Raises:
+            TooLarge: It would never fit its quota.
+        """
+        one = spec_bytes(request.spec, DTYPES[request.dtype])
+        need = (request.keep + 1) * one + self._results * spec_bytes(request.spec)
+        cap = min(self._session_bytes, self._tenant_bytes, self.budget.total)
+        if need > cap:
+            raise TooLarge(
+                f"session {name} would need {need} bytes",
+                expected=f"at most {cap}",
+                remedy="keep fewer snapshots, send them as bfloat16, or raise NOWCAST_BUDGET and its quotas",
+            )
+        return need
 
     def get(self, tenant: str, name: str) -> Session:
         """A tenant's session; another tenant's does not exist for it.

@@ -196,8 +196,13 @@ def test_verdicts_are_counted_once(server: Server):
     with server.client() as client:
         create(client, "verdict", SPEC)
         before = counted(client)
+        verdict = {"nowcast": "x", "outcome": "rolled_back"}
+        error(client.post("/v1/sessions/verdict/verdicts", json=verdict), 404, "not_found")  # on nothing
+        for step in (0, 100):
+            send(client, "PUT", f"/v1/sessions/verdict/snapshots/{step}", TRAINING.snapshot(step))
+        assert ask(client, "verdict", "x", (0, 100)).status_code == 202
         for new in (True, False):
-            said = client.post("/v1/sessions/verdict/verdicts", json={"nowcast": "x", "outcome": "rolled_back"})
+            said = client.post("/v1/sessions/verdict/verdicts", json=verdict)
             assert said.json() == {"nowcast": "x", "outcome": "rolled_back", "counted": new}
         assert counted(client) == before + 1
 
@@ -220,10 +225,43 @@ def test_metrics_tell_stages_bytes_and_failures(server: Server):
 def test_failed_nowcasts_say_why(server: Server):
     with server.client() as client:
         error(send(client, "POST", "/nowcast", TRAINING.request(steps=(0,))), 422, "invalid_snapshot")
+        far = Training(SPEC)
+        far._pace["2.bias"][0] = 3e37
         create(client, "failing", SPEC)
-        send(client, "PUT", "/v1/sessions/failing/snapshots/0", TRAINING.snapshot(0))
-        ask(client, "failing", "n1", (0,))
+        for step in (0, 100):
+            send(client, "PUT", f"/v1/sessions/failing/snapshots/{step}", far.snapshot(step))
+        ask(client, "failing", "n1", (0, 100), k=100)
         error(fetch(client, "failing", "n1"), 422, "invalid_snapshot")
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "says"),
+    [
+        ((0,), {}, "1 snapshots"),
+        ((0, 100, 300), {}, "evenly spaced"),
+        ((0, 100), {"k": 10_000, "predictor": "nino"}, "k=10000"),
+        ((0, 100), {"predictor": "nino"}, "exactly 5"),
+    ],
+)
+def test_what_can_be_known_is_refused_when_it_is_asked(server: Server, steps: tuple, fields: dict, says: str):
+    """Before a single snapshot has been sent."""
+    with server.client() as client:
+        create(client, "early", SPEC)
+        response = ask(client, "early", "n1", steps, **fields)
+        assert response.status_code == 422
+        assert says in response.text
+        error(fetch(client, "early", "n1"), 404, "not_found")
+
+
+def test_a_session_of_no_use_is_not_made(server: Server):
+    strange = SPEC.model_copy(update={"family": "nosuch"}).model_dump(mode="json")
+    with server.client() as client:
+        error(client.put("/v1/sessions/strange", json={"spec": strange}), 422, "unsupported_architecture")
+        error(client.get("/v1/sessions/strange"), 404, "not_found")
+        assert client.put("/v1/sessions/strange?predictor=linear", json={"spec": strange}).status_code == 201
+        few = {"spec": SPEC.model_dump(mode="json"), "keep": 2}
+        error(client.put("/v1/sessions/few?predictor=nino", json=few), 422, "invalid_request")
+        assert client.put("/v1/sessions/few?predictor=linear", json=few).status_code == 201
 
 
 def test_what_does_not_fit_the_spec_is_refused_by_name(server: Server):

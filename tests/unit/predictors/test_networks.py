@@ -6,12 +6,13 @@ import pytest
 import torch
 from nowcast_proto.errors import HorizonOutOfRange, InvalidCheckpoint, InvalidRequest, InvalidSnapshot
 from nowcast_proto.spec import ArchitectureSpec
+from nowcast_service.graph.positional import positional_encoding
 from nowcast_service.graph.pyg import scatter, to_pyg
 from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
 from nowcast_service.predictors import make_predictor, wnn
-from nowcast_service.predictors.graphs import Graphs
+from nowcast_service.predictors.graphs import Graphs, Needs, coverage
 
 from ..nino.made import checkpoint, convnet, history, mlp, update_error
 
@@ -136,20 +137,20 @@ def test_tensors_outside_the_graph_are_left_or_predicted_edge_wise_as_chosen():
     past, made, edgewise = history(spec), checkpoint(), checkpoint(1, gnn=False)
     left = make_predictor("nino", made)
     future, _ = left.predict(past, 8)
-    assert [entry.parameter for entry in left.coverage(spec) if entry.rule != "graph"] == ["0.weight"]
+    assert [entry.parameter for entry in coverage(Graphs(), spec, left.needs) if entry.rule != "graph"] == ["0.weight"]
     assert torch.equal(future["0.weight"], past.newest("0.weight"))
     sent = make_predictor("nino", made, uncovered="edgewise", edgewise=edgewise)
     mixed, _ = sent.predict(past, 8)
     alone, _ = make_predictor("wnn", edgewise).predict(past, 8)
     assert torch.equal(mixed["0.weight"], alone["0.weight"])
     assert torch.equal(mixed["2.weight"], future["2.weight"])
-    assert {entry.parameter: entry.rule for entry in sent.coverage(spec)}["0.weight"] == "edgewise"
+    assert {entry.parameter: entry.rule for entry in coverage(Graphs(), spec, sent.needs)}["0.weight"] == "edgewise"
 
 
 def test_positions_can_be_given_and_matter():
     past, made = history(SPEC), checkpoint()
     graph = build_graph(SPEC)
-    own = Graphs(9).positions(graph)
+    own = positional_encoding(graph)
     plain, _ = make_predictor("nino", made).predict(past, 8)
     same, _ = make_predictor("nino", made, positions=own).predict(past, 8)
     other, _ = make_predictor("nino", made, positions=own + 1).predict(past, 8)
@@ -213,15 +214,13 @@ def test_precision_is_checked():
 
 
 def test_graphs_are_built_once_per_architecture_and_forgotten_in_time():
-    graphs = Graphs(9)
+    graphs, needs = Graphs(), Needs(9, positions=True)
     specs = [mlp(3, n) for n in range(2, 12)]
-    first = graphs.graph(specs[0])
-    assert graphs.graph(mlp(3, 2)) is first
-    positions = graphs.positions(first)
-    assert graphs.positions(first) is positions
+    first = graphs.prepared(specs[0], needs)
+    assert graphs.prepared(mlp(3, 2), needs) is first
     for spec in specs[1:]:
-        graphs.graph(spec)
-    assert graphs.graph(specs[0]) is not first
+        graphs.prepared(spec, needs)
+    assert graphs.prepared(specs[0], needs) is not first
 
 
 @pytest.mark.parametrize(
