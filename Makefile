@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup test demo lint format types wheel up up-gpu observability down clean
+.PHONY: help setup test check coverage demo lint format types hooks wheel up up-gpu observability down clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -30,6 +30,14 @@ $(STAMP): pyproject.toml
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
+check: lint types ## What to run before every commit: lint, types and the unit tests that train nothing
+	$(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadfile -m "not slow" tests/unit $(TESTS)
+
+coverage: $(STAMP) ## Branches of proto and client that unit and integration tests take
+	$(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage \
+		tests/unit tests/integration/client tests/integration/ecosystem $(TESTS)
+
 demo: $(STAMP) ## Train a small network alone and nowcast, and draw both
 	@$(BIN)/nowcast demo
 
@@ -41,8 +49,11 @@ format: $(STAMP) ## Put the code into its format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-types: $(STAMP) ## Check types (strict on proto and client)
+types: $(STAMP) ## Check types, strictly
 	$(BIN)/mypy
+
+hooks: $(STAMP) ## Have git check style and types before each commit
+	$(BIN)/pre-commit install
 
 wheel: $(STAMP) ## Build the distribution into dist/
 	$(BIN)/python -m build --wheel

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 class ManyValues(TyperCommand):
     """A command whose ``--snapshots`` takes all values up to the next option: ``--snapshots S1 S2 S3 S4 S5``."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give every value a flag of its own, the only way the parser takes several."""
         spread: list[str] = []
         rest = list(args)

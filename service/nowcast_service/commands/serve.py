@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import signal
@@ -90,6 +91,8 @@ def run(given: dict[str, Any]) -> None:
     class Server(uvicorn.Server):
         """Drains on the first signal instead of closing the door at once: finished answers can still be fetched."""
 
+        _drain: concurrent.futures.Future[None] | None = None
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self._drain is not None or not self.started:
                 self.should_exit = self.force_exit = True
@@ -104,7 +107,6 @@ def run(given: dict[str, Any]) -> None:
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             self._loop = asyncio.get_running_loop()
-            self._drain: Any = None
             await super().startup(sockets)
             url = _url(settings, listener)
             log.info("serving %s", url)

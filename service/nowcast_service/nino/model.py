@@ -60,7 +60,8 @@ class MLP(nn.Module):
             if not isinstance(module, nn.Linear):
                 x = module(x)
                 continue
-            weight, bias = module.weight, module.bias
+            weight: Tensor = module.weight
+            bias: Tensor = module.bias
             if number == 0:
                 weight = weight[:, : x.shape[-1]]
             if outputs is not None and number == len(self.fc) - 1:
@@ -69,7 +70,7 @@ class MLP(nn.Module):
         return x
 
 
-class ModulatedConv(MessagePassing):
+class ModulatedConv(MessagePassing):  # type: ignore[misc]  # torch_geometric has no types
     """Node update from incoming messages ``scale(e) * pre([x_target; x_source]) + shift(e)``, averaged.
 
     Nodes are split into ``towers`` slices with maps of their own; all towers share the edge's scale and shift.
@@ -90,16 +91,17 @@ class ModulatedConv(MessagePassing):
         updated = []
         for part, pre, post in zip(x.chunk(self.towers, dim=-1), self.pre_nns, self.post_nns, strict=True):
             # `pre` is one linear map, so its two halves act on nodes, and only their sum is formed per edge.
-            for_target, for_source = pre[0].weight.chunk(2, dim=1)
+            for_target, for_source = pre.get_parameter("0.weight").chunk(2, dim=1)
             mean = self.propagate(
                 edge_index,
-                y=(nn.functional.linear(part, for_source), nn.functional.linear(part, for_target, pre[0].bias)),
+                y=(nn.functional.linear(part, for_source), nn.functional.linear(part, for_target, pre.get_parameter("0.bias"))),
                 scale=scale,
                 shift=shift,
                 size=(len(x), len(x)),
             )
             updated.append(post(torch.cat((part, mean), dim=-1)))
-        return self.lin(torch.cat(updated, dim=-1))
+        out: Tensor = self.lin(torch.cat(updated, dim=-1))
+        return out
 
     def message(self, y_i: Tensor, y_j: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return scale * (y_i + y_j) + shift  # (E, width); i is the target, j the source
@@ -118,7 +120,9 @@ class EdgeUpdate(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor, edges: Tensor) -> Tensor:
         source, target = edge_index
-        return self.lin1(self.act(self.lin_e(edges) + self.lin_s(x)[source] + self.lin_t(x)[target]))
+        hidden = self.act(self.lin_e(edges) + self.lin_s(x)[source] + self.lin_t(x)[target])
+        out: Tensor = self.lin1(hidden)
+        return out
 
 
 class GraphNetwork(nn.Module):
@@ -210,7 +214,7 @@ class NiNoTwin(nn.Module):
             edges = self._hidden(graph, inputs, nodes=False)[1]
             # Row of position f, horizon k is seq_len * f + k - 1.
             rows = (torch.arange(features, device=steps.device)[:, None] * config.seq_len + steps).flatten()
-            out = self.edge_out(edges, rows).unflatten(-1, (features, len(steps)))  # (E, features, K)
+            out: Tensor = self.edge_out(edges, rows).unflatten(-1, (features, len(steps)))  # (E, features, K)
         else:
             hidden = self.edge_proj(inputs)  # (E, features, d): every kernel position for itself
             if config.edge_types:
@@ -246,7 +250,8 @@ class NiNoTwin(nn.Module):
                 expected=f"at most {self.config.max_features}",
                 remedy="leave such kernels out of the graph or send them to the edge-wise predictor",
             )
-        return attr.unflatten(1, (features, context))
+        inputs: Tensor = attr.unflatten(1, (features, context))
+        return inputs
 
     def _hidden(self, graph: Data, inputs: Tensor, *, nodes: bool) -> tuple[Tensor, Tensor]:
         """Nodes and edges after the graph network."""
@@ -266,7 +271,8 @@ class NiNoTwin(nn.Module):
         edges = self.edge_proj(inputs.flatten(1))  # (E, d)
         if config.edge_types:
             edges = edges + self.layer_embed(graph.edge_type.long())
-        return self.gnn(x, graph.edge_index.long(), edges, nodes=nodes)
+        hidden: tuple[Tensor, Tensor] = self.gnn(x, graph.edge_index.long(), edges, nodes=nodes)
+        return hidden
 
 
 def _initialise(module: nn.Module) -> None:

@@ -16,35 +16,35 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        make = {"registry": self.registry}
-        self.requests = Counter("nowcast_requests", "HTTP requests answered.", ["route", "method", "status"], **make)
-        self.nowcasts = Counter("nowcast_nowcasts", "Nowcasts finished.", ["predictor", "result"], **make)
-        self.failures = Counter("nowcast_failures", "Calls that failed, by error code.", ["reason"], **make)
+        registry = self.registry
+        self.requests = Counter("nowcast_requests", "HTTP requests answered.", ["route", "method", "status"], registry=registry)
+        self.nowcasts = Counter("nowcast_nowcasts", "Nowcasts finished.", ["predictor", "result"], registry=registry)
+        self.failures = Counter("nowcast_failures", "Calls that failed, by error code.", ["reason"], registry=registry)
         self.stages = Histogram(
             "nowcast_stage_seconds",
             "Time of a nowcast by stage: queue, input, compute, output.",
             ["stage"],
             buckets=_SECONDS,
-            **make,
+            registry=registry,
         )
-        self.bytes = Counter("nowcast_bytes", "Bytes of bodies received (in) and sent (out).", ["direction"], **make)
+        self.bytes = Counter("nowcast_bytes", "Bytes of bodies received (in) and sent (out).", ["direction"], registry=registry)
         self.age = Histogram(
             "nowcast_snapshot_age_seconds",
             "Age of the newest snapshot when its nowcast began.",
             buckets=_AGES,
-            **make,
+            registry=registry,
         )
         self.verdicts = Counter(
-            "nowcast_verdicts", "What became of nowcasts in training, as clients report it.", ["outcome"], **make
+            "nowcast_verdicts", "What became of nowcasts in training, as clients report it.", ["outcome"], registry=registry
         )
-        self.snapshots = Counter("nowcast_snapshots", "Snapshots received whole and checked.", **make)
-        self.dropped = Counter("nowcast_sessions_dropped", "Sessions dropped, by reason.", ["reason"], **make)
-        self.queue = Gauge("nowcast_queue_depth", "Nowcasts waiting for the device.", **make)
-        self.running = Gauge("nowcast_running", "Nowcasts on the device.", **make)
-        self.sessions = Gauge("nowcast_sessions", "Sessions held.", **make)
-        self.held = Gauge("nowcast_held_bytes", "Bytes reserved for histories, uploads and answers.", **make)
-        self.budget = Gauge("nowcast_budget_bytes", "Bytes that may be reserved.", **make)
-        self.ready = Gauge("nowcast_ready", "1 when the last readiness check passed.", **make)
+        self.snapshots = Counter("nowcast_snapshots", "Snapshots received whole and checked.", registry=registry)
+        self.dropped = Counter("nowcast_sessions_dropped", "Sessions dropped, by reason.", ["reason"], registry=registry)
+        self.queue = Gauge("nowcast_queue_depth", "Nowcasts waiting for the device.", registry=registry)
+        self.running = Gauge("nowcast_running", "Nowcasts on the device.", registry=registry)
+        self.sessions = Gauge("nowcast_sessions", "Sessions held.", registry=registry)
+        self.held = Gauge("nowcast_held_bytes", "Bytes reserved for histories, uploads and answers.", registry=registry)
+        self.budget = Gauge("nowcast_budget_bytes", "Bytes that may be reserved.", registry=registry)
+        self.ready = Gauge("nowcast_ready", "1 when the last readiness check passed.", registry=registry)
         for direction in ("in", "out"):
             self.bytes.labels(direction)
         for outcome in ("applied", "kept", "rejected", "rolled_back", "shadow"):

@@ -421,11 +421,11 @@ class _Run:
             outputs.view(*shape, len(self.ks), block.features),
         )
 
-    def _read(self, space: _Space, block: Block, values: Access | None, part: Part, tile: int) -> Tensor:
+    def _read(self, space: _Space, block: Block, values: Access | float, part: Part, tile: int) -> Tensor:
         """(tiles, I, J, features * context) standardised inputs of tiles side by side, of J = ``tile`` targets each."""
         width = block.features * self.config.context
         inputs = space.get("inputs", (part.j1 - part.j0) // tile, part.i1 - part.i0, tile, width)
-        self.reader.read(block, values, part, inputs)
+        self.reader.read(values, part, inputs)
         return inputs
 
     def _climb(
@@ -603,7 +603,7 @@ class _Listed:
         self.inputs = torch.empty(len(self.source), width, device=device)  # (E, C)
         for block, part, edges in self.pieces():
             shape = (part.i1, part.j1, width)
-            reader.read(block, reader.open(block), part, self.inputs[edges].view(1, *shape))
+            reader.read(reader.open(block), part, self.inputs[edges].view(1, *shape))
 
     def add_terms(self, out: Tensor, x: Tensor, source: Tensor, target: Tensor, a: int, b: int) -> None:
         """out += x_i @ source + x_j @ target for edges a … b, out (E, d); a self-loop has i = j."""

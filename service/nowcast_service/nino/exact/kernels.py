@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numba import config, float32, njit, void
 
-if config.DISABLE_JIT:  # a loop over elements in Python would take hours
+if config.DISABLE_JIT:  # type: ignore[attr-defined]  # set when numba loads
+    # A loop over elements in Python would take hours.
     raise ImportError("numba is told not to compile")
 
 # exp(-x) = 2^n (1 + r q(r)) with n + r = -x log2(e), n whole, |r| <= 1/2. q fits 2^r to a relative 1.1e-7.

@@ -119,27 +119,26 @@ class Reader:
         self._device = device
         self._staging: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    def open(self, block: Block) -> Access | None:
-        """Access to a block in all snapshots; None for an auxiliary link."""
+    def open(self, block: Block) -> Access | float:
+        """Access to a block in all snapshots, or the fixed feature of an auxiliary link."""
         if not isinstance(block.values, View):
-            return None
+            return block.values
         return access(block, block.values, self._history.flat(block.values.parameter))
 
-    def read(self, block: Block, values: Access | None, part: Part, out: Tensor) -> None:
+    def read(self, values: Access | float, part: Part, out: Tensor) -> None:
         """Fill ``out`` with standardised inputs.
 
         Args:
-            block: A block.
-            values: What `open` gave for it.
+            values: What `open` gave for the block of the edges.
             part: Which edges.
             out: (tiles, I, J / tiles, features * context) contiguous, the targets cut into tiles of equal size; column
                 ``context * position + snapshot``.
         """
         context = len(self._history)
-        if values is None or isinstance(block.values, float):
-            # A fixed feature, set after scaling, in position 0 of all snapshots.
+        if isinstance(values, int | float):
+            # Set after scaling, in position 0 of all snapshots.
             out.zero_()
-            out[..., :context] = block.values
+            out[..., :context] = values
             return
         views = [view.unflatten(1, (len(out), -1)).movedim(1, 0) for view in values.read(part)]
         columns = out.unflatten(-1, (-1, context))

@@ -15,8 +15,8 @@ with ``scale`` and ``shift`` affine in f. Products are formed in float64 and rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -142,14 +142,24 @@ class Weights:
     def bytes(self) -> int:
         """Size of all tensors."""
         tensors = [self.out_weight, self.out_bias, *(t for pair in self.nodes for t in pair)]
-        for part in (*self.levels, *self.convolutions):
-            tensors += [t for t in (getattr(part, name) for name in part.__slots__) if isinstance(t, Tensor)]
+        parts: tuple[Level | Convolution, ...] = (*self.levels, *self.convolutions)
+        for part in parts:
+            values = (getattr(part, field.name) for field in fields(part))
+            tensors += [value for value in values if isinstance(value, Tensor)]
         if self.tokens is not None:
             tensors.append(self.tokens)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _convolution(config, get, put, n: int, level: int, below_w: Tensor, below_c: Tensor) -> Convolution:  # type: ignore[no-untyped-def]
+def _convolution(
+    config: NiNoConfig,
+    get: Callable[[str], tuple[Tensor, Tensor]],
+    put: Callable[[Tensor], Tensor],
+    n: int,
+    level: int,
+    below_w: Tensor,
+    below_c: Tensor,
+) -> Convolution:
     """Fuse convolution n, whose edges are ``below @ below_w + below_c[type]``."""
     d, towers = config.hidden, config.towers
     width = d // towers
