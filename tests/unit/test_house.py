@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -133,11 +132,14 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-def definitions(path: Path) -> Iterator[tuple[str, ast.ClassDef | Function]]:
+@cache
+def definitions(path: Path) -> list[tuple[str, ast.ClassDef | Function]]:
     """Every class and function of a file, nested ones too."""
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def class_named(name: str) -> ast.ClassDef:
@@ -227,7 +229,6 @@ def rules_of(package: str) -> dict[str, list[str]]:
     return found
 
 
-@BEING_SPLIT
 def test_rules_are_written_once() -> None:
     rules = [rules_of(package) for package in PACKAGES]
     homes = {rule: [home for found in rules for home in found[rule]] for rule in RULES}

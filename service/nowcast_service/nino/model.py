@@ -94,7 +94,10 @@ class ModulatedConv(MessagePassing):  # type: ignore[misc]  # torch_geometric ha
             for_target, for_source = pre.get_parameter("0.weight").chunk(2, dim=1)
             mean = self.propagate(
                 edge_index,
-                y=(nn.functional.linear(part, for_source), nn.functional.linear(part, for_target, pre.get_parameter("0.bias"))),
+                y=(
+                    nn.functional.linear(part, for_source),
+                    nn.functional.linear(part, for_target, pre.get_parameter("0.bias")),
+                ),
                 scale=scale,
                 shift=shift,
                 size=(len(x), len(x)),

@@ -17,7 +17,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
-        self.requests = Counter("nowcast_requests", "HTTP requests answered.", ["route", "method", "status"], registry=registry)
+        self.requests = Counter(
+            "nowcast_requests", "HTTP requests answered.", ["route", "method", "status"], registry=registry
+        )
         self.nowcasts = Counter("nowcast_nowcasts", "Nowcasts finished.", ["predictor", "result"], registry=registry)
         self.failures = Counter("nowcast_failures", "Calls that failed, by error code.", ["reason"], registry=registry)
         self.stages = Histogram(
@@ -27,7 +29,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.bytes = Counter("nowcast_bytes", "Bytes of bodies received (in) and sent (out).", ["direction"], registry=registry)
+        self.bytes = Counter(
+            "nowcast_bytes", "Bytes of bodies received (in) and sent (out).", ["direction"], registry=registry
+        )
         self.age = Histogram(
             "nowcast_snapshot_age_seconds",
             "Age of the newest snapshot when its nowcast began.",
@@ -35,10 +39,15 @@ class Metrics:
             registry=registry,
         )
         self.verdicts = Counter(
-            "nowcast_verdicts", "What became of nowcasts in training, as clients report it.", ["outcome"], registry=registry
+            "nowcast_verdicts",
+            "What became of nowcasts in training, as clients report it.",
+            ["outcome"],
+            registry=registry,
         )
         self.snapshots = Counter("nowcast_snapshots", "Snapshots received whole and checked.", registry=registry)
-        self.dropped = Counter("nowcast_sessions_dropped", "Sessions dropped, by reason.", ["reason"], registry=registry)
+        self.dropped = Counter(
+            "nowcast_sessions_dropped", "Sessions dropped, by reason.", ["reason"], registry=registry
+        )
         self.queue = Gauge("nowcast_queue_depth", "Nowcasts waiting for the device.", registry=registry)
         self.running = Gauge("nowcast_running", "Nowcasts on the device.", registry=registry)
         self.sessions = Gauge("nowcast_sessions", "Sessions held.", registry=registry)
