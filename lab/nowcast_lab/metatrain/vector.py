@@ -65,7 +65,10 @@ class Matrix:
 
     def of(self, flat: Tensor) -> Tensor:
         """(models, elements) to a (models, rows, columns) view."""
-        return flat[:, self.start : self.start + self.rows * self.columns].unflatten(1, (self.rows, self.columns))
+        view: Tensor = flat[:, self.start : self.start + self.rows * self.columns].unflatten(
+            1, (self.rows, self.columns)
+        )
+        return view
 
 
 @dataclass
