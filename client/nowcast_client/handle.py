@@ -41,13 +41,15 @@ from nowcast_client.errors import AttachError
 from nowcast_client.loop.cadence import MANY_NOWCASTS, MAX_HORIZON, Cadence, default_period
 from nowcast_client.loop.losses import LossReader
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
+from nowcast_client.loop.steps import Rounds, after_backward
 from nowcast_client.network import coverage
 from nowcast_client.network.adapters import ADAPTER_PREDICTOR, ADAPTERS_WATCHED, adapter_spec
 from nowcast_client.network.derive import derive_spec
 from nowcast_client.tensors.copies import Copies
-from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, fingerprint, innermost, layout_of
+from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, fingerprint, innermost, layout_of, stirring
 from nowcast_client.tensors.patch import Backup, Patch, apply
 from nowcast_client.tensors.snapshot import Ring, Slot
+from nowcast_client.tensors.watch import Watch
 from nowcast_client.wire.session import Session, mint
 from nowcast_client.wire.transport import HttpTransport, Retry, Transport
 from nowcast_client.wire.uploader import Arrived, Failed, Uploaded, Uploader, Window
@@ -171,6 +173,8 @@ class Handle:
         self._reports = 0  # losses since the last counted step
         self._pid = os.getpid()
         self._fingerprint = fingerprint(model, optimizers)
+        self._rounds = Rounds(optimizers)
+        self._weights = Watch(cadence.stride)
         self._window = Window()
         self._asked: Window | None = None
         self._arrived: Arrived | None = None
@@ -245,7 +249,7 @@ class Handle:
         if not self._due or self.mode == "off" or self._closed or self._foreign():
             return
         self._due = False
-        self._timed("hook", self._advance)
+        self._timed("hook", self._act)
 
     def follow(self, *optimizers: object) -> None:
         """Go on with other optimizers, created since `attach`, of the same parameters.
@@ -377,6 +381,7 @@ class Handle:
             raise AttachError("the state was saved for another network", expected=f"spec digest {self.spec.digest()}")
         self._drop_window()
         self._abandon()
+        self._weights.forget()
         self._trial = None
         self.step = int(state["step"])
         self._last_snapshot = int(state["last_snapshot"])
@@ -391,7 +396,10 @@ class Handle:
         if state["mode"] == "off" and self.mode != "off":
             self._turn_off("it was off when the state was saved")
         if self._uploader is not None and state["session"]:
-            self._window = Window(remote=tuple(state["window"]), moved=dict(state["moved"]))
+            remote = tuple(state["window"])
+            if len(remote) > self._cadence.context - 2:  # what lies still is seen from two snapshots held here
+                remote = ()
+            self._window = Window(remote=remote, moved=dict(state["moved"]) if remote else {})
             self._uploader.take_up(str(state["session"]), self._window)
 
     def close(self, timeout: float = 2.0) -> None:
@@ -428,18 +436,51 @@ class Handle:
     def _hook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [self._optimizers[-1].register_step_post_hook(self._after_step)]
-        if self._ring is not None and self._ring.on_streams:
-            self._hooks += [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
+        self._rounds = Rounds(self._optimizers)
+        self._hooks = []
+        for optimizer in self._optimizers:
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_load_state_dict_post_hook(self._state_loaded),
+            ]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._ring is not None and not self._foreign():
-            self._timed("before_step", self._ring.hold_writes)
+        if not (self.mode == "off" or self._closed or self._foreign()):
+            self._timed("before_step", self._stepping, optimizer)
+
+    def _stepping(self, optimizer: Optimizer) -> None:
+        if self._ring is not None:
+            self._ring.hold_writes()
+        first, unfinished = self._rounds.begin(optimizer)
+        self.step += unfinished
+        if first:
+            self._look()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.mode == "off" or self._closed or self._foreign():
+        if self.mode == "off" or self._closed or self._foreign() or not self._rounds.end(optimizer):
             return
-        self._timed("hook", self._stepped, optimizer)
+        # A patch in the middle of a backward pass would change weights that pass still needs.
+        after_backward(lambda: self._timed("hook", self._stepped, optimizer))
+
+    def _state_loaded(self, optimizer: Optimizer) -> None:
+        if self._weights.marked and not (self.mode == "off" or self._closed or self._foreign()):
+            self._timed("hook", self._jumped, "an optimizer's state was loaded")
+
+    def _look(self) -> None:
+        """Start again where the weights are no longer those of the last step."""
+        if self._weights.jumped(self._layout, self.step):
+            self._jumped("the weights were written between two steps")
+
+    def _jumped(self, what: str) -> None:
+        """What the weights were before is no part of their way any more."""
+        under_way = bool(self._window.steps or self._asked or self._arrived or self._trial)
+        self._counts["unjudged"] += self._trial is not None
+        self._trial, self._settled_at = None, self.step
+        self._abandon()
+        self._drop_window()
+        if under_way:
+            self._skip(f"{what}: the window starts again")
 
     def _timed(self, kind: str, work: Callable[..., object], *arguments: Any) -> None:
         """Do something on the trainer's time: it is counted, and nothing it raises gets out."""
@@ -470,6 +511,12 @@ class Handle:
             self._due = True
         else:
             self._advance()
+        self._weights.mark(self._layout)
+
+    def _act(self) -> None:
+        self._look()
+        self._advance()
+        self._weights.mark(self._layout)
 
     def _advance(self) -> None:
         """Everything that is due after a counted step."""
@@ -522,14 +569,20 @@ class Handle:
             elif result.window is self._asked:
                 self._counts["arrived"] += 1
                 self._arrived = result
+                self._name_left(result.found.left_alone)
                 self._emit(
                     "nowcast",
                     of=result.patch.step,
                     k=result.patch.horizon,
                     seconds=result.seconds,
-                    stretch=result.stretch,
+                    stretch=result.found.stretch,
                     predictor=result.predictor,
                 )
+
+    def _name_left(self, names: Sequence[str]) -> None:
+        if names and "left alone" not in self._told:
+            self._told.add("left alone")
+            log.info("left alone, as they hardly move against their size: %s", ", ".join(names))
 
     # -------------------------------------------------------------- snapshots
 
@@ -584,13 +637,15 @@ class Handle:
             return False
         if live is self._layout:
             return True
-        self._layout = live
+        changed, self._layout = self._layout.change_to(live), live
+        if self._uploader is not None:
+            self._uploader.layout = live
         self._abandon()
         self._drop_window()
         if self._trial is not None:
             self._trial = None
             self._counts["unjudged"] += 1
-        self._skip("the model's parameters were replaced; the window starts again")
+        self._skip(f"{changed}; the window starts again")
         return False
 
     def _ask(self) -> None:
@@ -628,6 +683,8 @@ class Handle:
 
     def _gate(self) -> str:
         """Why no nowcast should be asked for now; empty where one should."""
+        if self._weights.found_late():
+            return "the weights were written between two steps: the window starts again"
         rate = self._rate()
         if rate is not None and self._lr_max > 0 and rate < self._lr_gate * self._lr_max:
             return "the learning rate has decayed"
@@ -660,9 +717,9 @@ class Handle:
             self._reject(arrived.patch, "the model's parameters were replaced")
             return
         self._save()
-        apply(arrived.patch, self._layout, self._backup, self._copies)
+        apply(arrived.patch, stirring(self._layout, self._optimizers), self._backup, self._copies)
         self._release(arrived.window)
-        self._patched(arrived.patch, first, arrived.stretch)
+        self._patched(arrived.patch, first, arrived.found.stretch)
 
     def _turned_away(self, arrived: Arrived, written: int) -> bool:
         """Whether a nowcast that arrived is not to be written, after step ``written``; says why."""
@@ -675,7 +732,7 @@ class Handle:
         elif self.mode == "shadow":
             self._counts["shadow"] += 1
             self._tell(patch, "shadow", None)
-            self._emit("shadow", of=patch.step, k=patch.horizon, stretch=arrived.stretch)
+            self._emit("shadow", of=patch.step, k=patch.horizon, stretch=arrived.found.stretch)
         elif settings is not None and self._losses_since(self._reference_from()) < settings.min_reference:
             self._counts["shadow"] += 1
             self._tell(patch, "shadow", "no loss reported")
@@ -1096,10 +1153,26 @@ def _trial_settings(trial: bool | TrialSettings, period: int) -> TrialSettings |
         return None
     settings = trial if isinstance(trial, TrialSettings) else TrialSettings()
     window = min(settings.window, period // 3)
-    if window < MIN_WINDOW:
+    if period // 3 < MIN_WINDOW:
         raise AttachError(
             f"period={period} leaves {window} steps to judge a patch in",
             expected=f"a period of at least {3 * MIN_WINDOW} steps with trial",
             remedy="use a longer period, or trial=False to patch unconditionally",
+        )
+    for name, number, most, why in (
+        ("min_tail", settings.min_tail, window, f"the recovery window has {window} steps at period={period}"),
+        ("min_reference", settings.min_reference, settings.reference, f"reference={settings.reference}"),
+        ("min_reference", settings.min_reference, period - window, f"period={period} leaves that many after a trial"),
+    ):
+        if not 1 <= number <= most:
+            raise AttachError(
+                f"TrialSettings({name}={number}) can never be met: {why}",
+                expected=f"{name} from 1 to {most}",
+                remedy=f"lower {name}, or use a longer period",
+            )
+    if window < MIN_WINDOW or not 0.0 < settings.tail <= 1.0:
+        raise AttachError(
+            f"TrialSettings(window={settings.window}, tail={settings.tail:g}) leaves no losses to judge a patch by",
+            expected=f"a window of at least {MIN_WINDOW} steps, and a tail above 0 and at most 1",
         )
     return replace(settings, window=window)

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
 from nowcast_client.handle import Handle, _Trial
-from nowcast_client.tensors.layout import Layout, local, views
+from nowcast_client.tensors.layout import Layout, local, stirring, views
 from nowcast_client.tensors.patch import Patch, apply
 from nowcast_client.tensors.snapshot import Slot
 from nowcast_client.wire.uploader import Arrived, Window
@@ -412,6 +412,10 @@ class DistributedHandle(Handle):
         else:
             self._ill = self._ill or reason
 
+    def _jumped(self, what: str) -> None:
+        # All ranks start again, at their next meeting.
+        self._apart = self._apart or f"{what}: the window starts again"
+
     def _part(self, reason: str) -> None:
         """Turn off for good; all ranks do, or cannot be asked any more."""
         self._agreed = True
@@ -557,8 +561,10 @@ class DistributedHandle(Handle):
             return ""
         if any(_is_shard(live.parameters[n]) != _is_shard(p) for n, p in self._layout.parameters.items()):
             return "the parameters are not sharded at the moment"
-        self._layout = live
-        return "the model's parameters were replaced; the window starts again"
+        changed, self._layout = self._layout.change_to(live), live
+        if self._uploader is not None:
+            self._uploader.layout = live
+        return f"{changed}; the window starts again"
 
     # ------------------------------------------------------------- snapshots
 
@@ -712,7 +718,7 @@ class DistributedHandle(Handle):
             if not trouble:
                 self._save()
                 saved = True
-                apply(spreading.patch, self._layout, self._backup, self._copies)
+                apply(spreading.patch, stirring(self._layout, self._optimizers), self._backup, self._copies)
         except Exception as exc:  # told to the others, whatever it was
             trouble = str(exc) if saved else f"what the patch overwrites could not be saved: {exc}"
         refused = True
@@ -728,7 +734,7 @@ class DistributedHandle(Handle):
         if refused:
             self._reject(spreading.patch, trouble or "another rank could not take it")
         else:
-            self._patched(spreading.patch, spreading.first, arrived.stretch if arrived is not None else 0.0)
+            self._patched(spreading.patch, spreading.first, arrived.found.stretch if arrived is not None else 0.0)
 
     def _vote(self, trouble: str) -> bool:
         """Whether any rank is in trouble."""
@@ -737,7 +743,7 @@ class DistributedHandle(Handle):
     def _unsound(self, patch: Patch) -> str:
         """What is wrong with this rank's part of a patch; empty where nothing is."""
         for name, part in patch.deltas.items():
-            if not bool(torch.isfinite(part).all()):
+            if name in self._layout.movable and not bool(torch.isfinite(part).all()):
                 return f"the nowcast of {name!r} has NaN or infinity on rank {self._ranks.rank}"
             if part.shape != local(self._layout.parameters[name].detach()).shape:
                 return f"this rank holds another part of {name!r} than it did"

@@ -42,6 +42,14 @@ class Layout:
             p is other.parameters[name] for name, p in self.parameters.items()
         )
 
+    def change_to(self, other: Layout) -> str:
+        """What is different in another layout of the same network, for a message."""
+        if not self.same_tensors(other):
+            return "the model's parameters were replaced"
+        joined, left = sorted(other.movable - self.movable), sorted(self.movable - other.movable)
+        said = [f"{names} {what}" for names, what in ((joined, "train from now on"), (left, "train no more")) if names]
+        return "; ".join(said)
+
 
 def fingerprint(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
     """Changes whenever `layout_of` may give something else: a cheap look at the tensors model and optimizers hold."""
@@ -65,7 +73,7 @@ def innermost(optimizer: object) -> Optimizer:
     current = optimizer
     while id(current) not in seen:
         seen.add(id(current))
-        inner = getattr(current, "optimizer", None)
+        inner = _inside(current)
         if inner is None:
             break
         current = inner
@@ -76,6 +84,28 @@ def innermost(optimizer: object) -> Optimizer:
             remedy="pass the optimizer whose step() changes the weights",
         )
     return current
+
+
+def _inside(optimizer: object) -> object | None:
+    """What a wrapper steps: its ``.optimizer``, or the optimizer it holds under another name (SAM, Lookahead)."""
+    inner: object | None = getattr(optimizer, "optimizer", None)
+    if inner is not None:
+        return inner
+    held = getattr(optimizer, "__dict__", {}).values()
+    return next((value for value in held if isinstance(value, Optimizer)), None)
+
+
+def stirring(layout: Layout, optimizers: Sequence[Optimizer]) -> Layout:
+    """The layout without what is at rest: parameters of groups whose rate is zero now are not written."""
+    resting = {
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if not getattr(group.get("lr"), "is_cuda", False) and group.get("lr") == 0
+        for p in group["params"]
+    }
+    movable = frozenset(name for name in layout.movable if id(layout.parameters[name]) not in resting)
+    return layout if movable == layout.movable else Layout(layout.parameters, movable)
 
 
 def layout_of(
@@ -136,6 +166,7 @@ def layout_of(
             remedy="if it steps float32 master copies, attach to a model and optimizer that share their tensors",
         )
     _refuse_masters(live, optimizers)
+    _refuse_searches(optimizers)
     return Layout(parameters, movable)
 
 
@@ -151,6 +182,18 @@ def _refuse_masters(live: dict[str, nn.Parameter], optimizers: Sequence[Optimize
             expected="an optimizer that steps the model's parameters themselves",
             remedy="a patched half-precision copy would be overwritten from its float32 master at the next step",
         )
+
+
+def _refuse_searches(optimizers: Sequence[Optimizer]) -> None:
+    """Optimizers whose state is differences of positions: a patch would become one of them."""
+    for optimizer in optimizers:
+        names = [kind.__name__ for kind in type(optimizer).__mro__ if "lbfgs" in kind.__name__.lower()]
+        if names or any("old_dirs" in state for state in optimizer.state.values() if isinstance(state, dict)):
+            raise AttachError(
+                f"{type(optimizer).__name__} builds its steps from the positions the weights have been at",
+                expected="an optimizer whose state is of gradients, such as AdamW or SGD",
+                remedy="a patch would be taken for a step of its own and spoil the following ones",
+            )
 
 
 def views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ step writes (a wait between streams, not of the host).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -168,6 +168,35 @@ class Ring:
         """Give a slot back. Giving it back twice is harmless."""
         with self._lock:
             slot.in_use, slot.step = False, -1
+
+
+def hold_still(deltas: Mapping[str, Tensor], slots: Sequence[Slot]) -> dict[str, Tensor]:
+    """A nowcast that moves no element which all of the snapshots agree on. For the uploader's thread.
+
+    Padding rows, rows no batch has touched, pruned and frozen weights: a network predicts all elements of a tensor
+    alike and cannot know that these lie still.
+
+    Args:
+        deltas: Predicted changes by name.
+        slots: The snapshots that are held here; fewer than two say nothing.
+    """
+    if len(slots) < 2:
+        return dict(deltas)
+    first, *others = [slot.buffers for slot in slots]
+    held: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            held[name] = delta
+            if name not in first or delta.shape != first[name].shape:
+                continue  # refused later on, by name
+            still = others[0][name] == first[name]
+            for other in others[1:]:
+                if not bool(still.any()):
+                    break
+                still &= other[name] == first[name]
+            if bool(still.any()):
+                held[name] = delta.masked_fill(still, 0.0)
+    return held
 
 
 def movement(older: Slot, newer: Slot) -> dict[str, float]:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from nowcast_client.network import coverage
 from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, views
-from nowcast_client.tensors.patch import Patch, verify
-from nowcast_client.tensors.snapshot import Ring, Slot, movement
+from nowcast_client.tensors.patch import Patch, Verified, verify
+from nowcast_client.tensors.snapshot import Ring, Slot, hold_still, movement
 from nowcast_client.wire.session import Frames, Session
 
 log = logging.getLogger("nowcast")
@@ -67,7 +67,7 @@ class Arrived:
 
     window: Window
     patch: Patch
-    stretch: float
+    found: Verified
     seconds: float
     predictor: str
 
@@ -98,13 +98,13 @@ class Uploader:
     Args:
         session: The session with the service.
         ring: Gets slots back when they are done with.
-        layout: What nowcasts are checked against.
         upload_seconds: Most seconds for one snapshot.
         nowcast_seconds: Most seconds for one nowcast, lost snapshots included.
         patch_bound: See `nowcast_client.tensors.patch.verify`.
         keep_base: Keep the newest snapshot with the patch, for overwriting newer steps.
 
     Attributes:
+        layout: What nowcasts are checked against.
         coverage: What the service does with each parameter, once it has said so.
         in_one_piece: Whether a nowcast's tensors are to lie in one stretch of memory, for a broadcast.
     """
@@ -124,7 +124,7 @@ class Uploader:
         self.results: deque[Result] = deque()
         self.arrived = threading.Condition()
         self._ring = ring
-        self._layout = layout
+        self.layout = layout
         self._upload_seconds = upload_seconds
         self._nowcast_seconds = nowcast_seconds
         self._patch_bound = patch_bound
@@ -267,12 +267,15 @@ class Uploader:
             history |= {slot.step: slot.encode for slot in window.slots}
             header, frames = self.session.nowcast(job, history, start + self._nowcast_seconds)
             deltas = {f.name: tensor_of(f.view(), f.dtype, f.shape) for f in frames}
-            stretch = verify(deltas, self._layout, window.moved, job.k, self._patch_bound)
-            base = window.slots[-1].buffers if self._keep_base else None
+            deltas = hold_still(deltas, window.slots)
+            newest = window.slots[-1].buffers
+            found = verify(deltas, self.layout, newest, window.moved, job.k, self._patch_bound)
+            deltas = found.deltas
+            base = newest if self._keep_base else None
             flat = None
             if self.in_one_piece:
-                flat = torch.cat([deltas[name].view(-1) for name in self._layout.parameters])
-                deltas = views(flat, self._layout)
+                flat = torch.cat([deltas[name].view(-1) for name in self.layout.parameters])
+                deltas = views(flat, self.layout)
             patch = Patch(job.nowcast, step, job.k, deltas, base, flat)
         except Exception as exc:
             self._release(window)
@@ -282,7 +285,7 @@ class Uploader:
             if base is None:
                 self._release(window)
             self._note(header.coverage)
-            self._report(Arrived(window, patch, stretch, time.monotonic() - start, header.predictor))
+            self._report(Arrived(window, patch, found, time.monotonic() - start, header.predictor))
 
     def _open(self) -> None:
         self.session.stop = self._ending

@@ -235,7 +235,8 @@ def judge(
     reference_steps, reference = reference_steps[sane], reference[sane]
     sane = np.isfinite(after)
     after_steps, after = after_steps[sane], after[sane]
-    tail = after_steps > patched_at + window * (1.0 - settings.tail)
+    # In a short window the part of it that is judged would hold too few losses.
+    tail = after_steps > patched_at + min(window * (1.0 - settings.tail), window - 1.0 - settings.min_tail)
     tail_steps, end = after_steps[tail], after[tail]
     if reference.size < settings.min_reference:
         return Verdict(False, f"only {reference.size} losses from before the nowcast", math.nan, math.nan, math.nan)

@@ -731,10 +731,6 @@ def test_only_trainable_tensors_are_patched() -> None:
     )
     frozen = training.model[0].weight.detach().clone()
     training.run(60)
-    assert handle.summary()["failed"] == {"nowcast: patch_refused": 1}  # a tensor that lay still may not move
-    assert torch.equal(frozen, training.model[0].weight)
-    service.predict = linear
-    training.run(50)
     assert handle.summary()["patched"] == 1
     assert torch.equal(frozen, training.model[0].weight)
 
