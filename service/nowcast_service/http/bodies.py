@@ -15,6 +15,8 @@ from nowcast_proto.version import MEDIA_TYPE, version_of_media_type
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+LEAST_RATE = 4096
+"""Bytes a second below which a body is a trickle: it would hold its place for as long as its sender likes."""
 _BATCH = 1 << 19
 """Bytes checked per trip to a thread: enough to make the trip cheap, little enough to keep memory flat."""
 
@@ -36,18 +38,28 @@ async def pieces(request: Request, idle: float) -> AsyncIterator[bytes]:
 
     Args:
         request: Whose body.
-        idle: Seconds without a byte after which it is given up.
+        idle: Seconds without a byte after which it is given up; so is one that brings less than `LEAST_RATE` over them.
 
     Raises:
-        DeadlineExceeded: Nothing came for that long.
+        DeadlineExceeded: Nothing came for that long, or too little.
         ClientDisconnect: The client went away.
     """
     loop = asyncio.get_running_loop()
     stream = request.stream()
+    since, came = loop.time(), 0
     try:
         async with asyncio.timeout(idle) as timeout:
             async for piece in stream:
                 timeout.reschedule(None)
+                came += len(piece)
+                if (seconds := loop.time() - since) >= idle:
+                    if came < LEAST_RATE * seconds:
+                        raise DeadlineExceeded(
+                            f"the body comes at {came / seconds:.0f} bytes a second",
+                            expected=f"at least {LEAST_RATE} a second, over {idle:g} s",
+                            remedy="resume the upload when the connection is better",
+                        )
+                    since, came = loop.time(), 0
                 if piece:
                     yield piece
                 timeout.reschedule(loop.time() + idle)

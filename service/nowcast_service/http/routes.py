@@ -140,7 +140,7 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
     held: list[Reservation] = []
     job: Job[Prediction] | None = None
     try:
-        message, key, snapshots = await _receive_history(request, service, held)
+        message, key, snapshots = await _receive_history(request, service, tenant, held)
         received = time.monotonic()
         deadline = message.deadline or service.settings.default_deadline
 
@@ -171,7 +171,7 @@ async def nowcast(request: Request, service: ServiceOf, tenant: TenantOf) -> Res
 
 
 async def _receive_history(
-    request: Request, service: Service, held: list[Reservation]
+    request: Request, service: Service, tenant: str, held: list[Reservation]
 ) -> tuple[NowcastRequest, Key, list[Mapping[str, Tensor]]]:
     """The question and the snapshots of a one-shot body, whose memory is reserved into ``held`` before it is taken.
 
@@ -185,13 +185,14 @@ async def _receive_history(
         message = read_message(NowcastRequest, header)
         found.append((message, service.catalogue.resolve(message)))
         check_tensors(message.spec, header)
-        held.append(service.sessions.reserve(packed_bytes(header.tensors) + spec_bytes(message.spec), "the nowcast"))
+        nbytes = packed_bytes(header.tensors) + spec_bytes(message.spec)
+        held.append(service.sessions.reserve(tenant, nbytes, "the nowcast"))
         limit.reschedule(began + (message.deadline or service.settings.default_deadline))
         return packed_sink(header)
 
     decoder = Decoder(opened, service.settings.limits, check_finite)
     try:
-        with service.upload():
+        with service.upload(tenant):
             async with asyncio.timeout(service.settings.default_deadline) as limit:
                 await receive_stream(request, decoder, idle=service.settings.upload_idle, count=service.count_in)
     except TimeoutError as exc:
@@ -371,7 +372,7 @@ async def put_snapshot(
     check_media_type(request)
     service.engine.check_open()
     session = service.sessions.get(tenant, name)
-    with service.upload():
+    with service.upload(tenant):
         upload = session.open_upload(step, offset, digest, service.settings.limits)
         try:
             await receive_stream(request, upload.decoder, idle=service.settings.upload_idle, count=service.count_in)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, NowcastError, TooLarge, Unavailable
 
+from nowcast_service.runtime.budget import Shares
 from nowcast_service.runtime.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -118,12 +119,11 @@ class Engine:
     Args:
         max_jobs: Places, the running job's included.
         max_jobs_per_tenant: Places one tenant may hold.
+        tenants: How many tenants there are; see `Shares`.
     """
 
-    def __init__(self, *, max_jobs: int, max_jobs_per_tenant: int) -> None:
-        self._max_jobs = max_jobs
-        self._max_per_tenant = max_jobs_per_tenant
-        self._places: Counter[str] = Counter()
+    def __init__(self, *, max_jobs: int, max_jobs_per_tenant: int, tenants: int = 1) -> None:
+        self._places = Shares(max_jobs, tenants, max_jobs_per_tenant)
         self._queue: Turns[Job[Any]] = Turns()
         self._running: Job[Any] | None = None
         self._ready = threading.Condition()
@@ -143,24 +143,16 @@ class Engine:
             Busy: All places are taken; ``retry_after`` is what recent jobs suggest.
             Unavailable: The engine is draining.
         """
-        with self._ready:
-            self.check_open()
-            total = sum(self._places.values())
-            if total >= self._max_jobs:
-                raise Busy(
-                    f"{total} nowcasts are admitted already",
-                    expected=f"at most {self._max_jobs} at once",
-                    remedy="try again after Retry-After",
-                    retry_after=self.wait_estimate(),
-                )
-            if self._places[tenant] >= self._max_per_tenant:
-                raise Busy(
-                    f"this key has {self._places[tenant]} nowcasts admitted already",
-                    expected=f"at most {self._max_per_tenant} at once",
-                    remedy="try again after Retry-After",
-                    retry_after=self.wait_estimate(),
-                )
-            self._places[tenant] += 1
+        self.check_open()
+        if not self._places.take(tenant):
+            mine, total = self._places.of(tenant), self._places.used
+            full = total >= self._places.total and mine < self._places.most
+            raise Busy(
+                f"{total} nowcasts are admitted already" if full else f"this key has {mine} nowcasts admitted already",
+                expected=f"at most {self._places.total if full else self._places.most} at once",
+                remedy="try again after Retry-After",
+                retry_after=self.wait_estimate(),
+            )
         return Place(tenant, self._give_back)
 
     def check_open(self) -> None:
@@ -266,7 +258,7 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing is admitted, queued or running."""
         with self._ready:
-            return not self._queue and self._running is None and not sum(self._places.values())
+            return not self._queue and self._running is None and not self._places.used
 
     def stop(self) -> None:
         """End the worker once the queue is empty; does not wait for it."""
@@ -275,10 +267,7 @@ class Engine:
             self._ready.notify_all()
 
     def _give_back(self, place: Place) -> None:
-        with self._ready:
-            self._places[place.tenant] -= 1
-            if not self._places[place.tenant]:
-                del self._places[place.tenant]
+        self._places.give(place.tenant)
 
     def _next(self) -> Job[Any] | None:
         with self._ready:

@@ -22,7 +22,7 @@ from nowcast_service.predictors.base import Predictor
 from nowcast_service.predictors.graphs import Prepared
 from nowcast_service.runtime.answer import PROBE, Prediction, probe
 from nowcast_service.runtime.archive import Archive
-from nowcast_service.runtime.budget import Budget
+from nowcast_service.runtime.budget import Budget, Shares
 from nowcast_service.runtime.catalogue import Catalogue, Key
 from nowcast_service.runtime.device_queue import Check, Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
@@ -62,16 +62,19 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.keys = KeyRing.of(settings)
-        self.budget = Budget(int(settings.budget))
+        tenants = self.keys.tenants
+        self.budget = Budget(int(settings.budget), tenants)
         self.specs = SpecWork(
             self.budget,
             seconds=settings.spec_seconds,
             memory=int(settings.spec_memory),
-            several=self.keys.tenants > 1,
+            several=tenants > 1,
         )
         self.catalogue = Catalogue.of(settings, self.specs)
         self.memory = Trimmer()
-        self.engine = Engine(max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key)
+        self.engine = Engine(
+            max_jobs=settings.max_queue, max_jobs_per_tenant=settings.max_queue_per_key, tenants=tenants
+        )
         self.sessions = SessionStore(
             self.budget,
             tenant_bytes=int(settings.tenant_budget),
@@ -80,6 +83,8 @@ class Service:
             max_sessions_per_tenant=settings.max_sessions_per_key,
             expiry=settings.session_expiry,
             evict_after=settings.evict_after,
+            lapse_after=settings.upload_idle,
+            tenants=tenants,
             results=settings.results_per_session,
             on_drop=self._dropped,
         )
@@ -89,7 +94,7 @@ class Service:
             self.board.restore(tenant, training)
         self._began = time.monotonic()
         self._measuring: set[asyncio.Task[None]] = set()
-        self._uploads = 0
+        self._uploads = Shares(settings.max_uploads, tenants)
         self._probed: float | None = None
         self._probe: Job[float] | None = None
         watch = self.metrics.watch
@@ -154,7 +159,7 @@ class Service:
             if time.monotonic() - saved > _SAVE_EVERY:
                 await self.save()
                 saved = time.monotonic()
-            if self.memory.due and self.engine.idle and not self._uploads:
+            if self.memory.due and self.engine.idle and not self._uploads.used:
                 await asyncio.to_thread(self.memory.run)
 
     async def save(self) -> None:
@@ -167,24 +172,23 @@ class Service:
             log.warning("the archive %s cannot be written: %s", self.settings.archive, exc)
 
     @contextmanager
-    def upload(self) -> Iterator[None]:
-        """A turn to send a body.
+    def upload(self, tenant: str) -> Iterator[None]:
+        """A tenant's turn to send a body.
 
         Raises:
-            Busy: As many bodies as allowed are arriving.
+            Busy: As many bodies as allowed are arriving, of this tenant or in all.
         """
-        if self._uploads >= self.settings.max_uploads:
+        if not self._uploads.take(tenant):
             raise Busy(
-                f"{self._uploads} bodies are arriving already",
-                expected=f"at most {self.settings.max_uploads} at once",
+                f"{self._uploads.of(tenant)} bodies of this key are arriving already, {self._uploads.used} in all",
+                expected=f"at most {self._uploads.most} at once, and {self._uploads.total} in all",
                 remedy="try again after Retry-After",
                 retry_after=1.0,
             )
-        self._uploads += 1
         try:
             yield
         finally:
-            self._uploads -= 1
+            self._uploads.give(tenant)
 
     def start(self) -> None:
         """Start the device's thread and the process that works on specs."""

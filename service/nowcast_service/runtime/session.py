@@ -127,6 +127,8 @@ class Session:
         What a request is still filling or the device still reads stays where it is, and paid for, until they end.
         """
         self.dropped = True
+        for nowcast in self.nowcasts.values():
+            nowcast.job.unwanted = True  # ends it where it asks next
         self.snapshots.clear()
         self.states.clear()
         for step in [step for step, upload in self.uploads.items() if not upload.busy]:
@@ -136,6 +138,16 @@ class Session:
         if self.idle:
             self.reservation.release()
         return self.idle
+
+    def lapse(self, since: float) -> None:
+        """Give back the memory set aside where nothing has come by then: a claim is not a history.
+
+        It is set aside anew when a snapshot comes. What of one has arrived is dropped; it begins again.
+        """
+        if self.snapshots or not self.idle or self.touched > since or self.nowcasts:
+            return
+        self.uploads.clear()
+        self.reservation.release()
 
     def open_upload(self, step: int, offset: int, digest: str | None, limits: Limits) -> Upload:
         """The upload a body that begins at ``offset`` belongs to, marked busy.

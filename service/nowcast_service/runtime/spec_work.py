@@ -310,7 +310,7 @@ class SpecWork:
         length = self._length(link, order, end)
         if not order.key[2]:
             return CoverageReport.model_validate_json(head)
-        reservation = self._room(_PER_BYTE * len(head) + length)
+        reservation = self._room(order.tenant, _PER_BYTE * len(head) + length)
         try:
             return self._restored(order, head, _receive(link, length, end), reservation)
         except BaseException:
@@ -331,8 +331,8 @@ class SpecWork:
         weakref.finalize(made, reservation.release)
         return made
 
-    def _room(self, nbytes: int) -> Reservation:
-        while (reservation := self._budget.reserve(nbytes)) is None:
+    def _room(self, tenant: str, nbytes: int) -> Reservation:
+        while (reservation := self._budget.reserve(nbytes, tenant)) is None:
             with self._changed:
                 if not self._kept:
                     raise Busy(

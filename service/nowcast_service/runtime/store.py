@@ -13,12 +13,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from nowcast_proto.errors import Busy, Conflict, Expired, NotFound, TooLarge
+from nowcast_proto.errors import Busy, Conflict, Expired, NotFound, NowcastError, TooLarge
 from nowcast_proto.messages import SessionCreate
 from nowcast_proto.tensors import DTYPES
 
 from nowcast_service.runtime.arrival import spec_bytes
-from nowcast_service.runtime.budget import Budget, Reservation
+from nowcast_service.runtime.budget import Budget, Reservation, Shares
 from nowcast_service.runtime.session import Session
 
 _REMEMBERED = 10_000
@@ -34,7 +34,9 @@ class SessionStore:
         max_sessions: Sessions in all.
         max_sessions_per_tenant: Sessions of one tenant.
         expiry: Seconds of idleness after which a session is dropped.
-        evict_after: Seconds of idleness after which it may be dropped to make room.
+        evict_after: Seconds of idleness after which it may be dropped to make room for another of its tenant.
+        lapse_after: Seconds after which the memory set aside for one that sends nothing is given to others.
+        tenants: How many tenants there are; see `Shares`.
         results: Answers a session keeps.
         on_drop: Called with the reason for every session dropped.
     """
@@ -49,16 +51,18 @@ class SessionStore:
         max_sessions_per_tenant: int,
         expiry: float,
         evict_after: float,
+        lapse_after: float,
+        tenants: int = 1,
         results: int,
         on_drop: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.budget = budget
         self._tenant_bytes = tenant_bytes
         self._session_bytes = session_bytes
-        self._max_sessions = max_sessions
-        self._max_per_tenant = max_sessions_per_tenant
+        self._places = Shares(max_sessions, tenants, max_sessions_per_tenant)
         self.expiry = expiry
         self._evict_after = evict_after
+        self._lapse_after = lapse_after
         self._results = results
         self._on_drop = on_drop
         self._sessions: dict[tuple[str, str], Session] = {}
@@ -117,7 +121,7 @@ class SessionStore:
         """
         one = spec_bytes(request.spec, DTYPES[request.dtype])
         need = (request.keep + 1) * one + self._results * spec_bytes(request.spec)
-        cap = min(self._session_bytes, self._tenant_bytes, self.budget.total)
+        cap = min(self._session_bytes, self._tenant_bytes, self.budget.most)
         if need > cap:
             raise TooLarge(
                 f"session {name} would need {need} bytes",
@@ -158,58 +162,67 @@ class SessionStore:
         for key, session in list(self._sessions.items()):
             if now - session.touched > self.expiry and session.idle:
                 self._drop(key, "expired")
+            else:
+                session.lapse(now - self._lapse_after)
 
-    def reserve(self, nbytes: int, what: str) -> Reservation:
-        """Reserve bytes outside any session, dropping the longest idle sessions where that makes room.
+    def reserve(self, tenant: str, nbytes: int, what: str) -> Reservation:
+        """Reserve bytes outside any session, dropping the tenant's longest idle sessions where that makes room.
 
         Raises:
             TooLarge: It would never fit.
             Busy: There is no room now.
         """
-        if nbytes > self.budget.total:
+        if nbytes > self.budget.most:
             raise TooLarge(
                 f"{what} would need {nbytes} bytes",
-                expected=f"at most {self.budget.total}",
+                expected=f"at most {self.budget.most}",
                 remedy="use a smaller model, or raise NOWCAST_BUDGET",
             )
         self.sweep()
-        while (reservation := self.budget.reserve(nbytes)) is None:
-            if not self._evict_one(lambda session: True):
+        while (reservation := self.budget.reserve(nbytes, tenant)) is None:
+            if not self._evict_one(tenant):
                 raise Busy(
                     f"there is no room for {what} now: {nbytes} bytes are needed",
-                    expected=f"{self.budget.total - self.budget.used} bytes or fewer",
+                    expected="fewer bytes, or others' share to be free",
                     remedy="try again after Retry-After",
                     retry_after=2.0,
                 )
         return reservation
 
     def _room(self, tenant: str, need: int) -> Reservation:
-        mine = [s for (owner, _), s in self._sessions.items() if owner == tenant]
-        while len(mine) >= self._max_per_tenant or sum(s.reservation.nbytes for s in mine) + need > self._tenant_bytes:
-            if not self._evict_one(lambda session: session.tenant == tenant):
-                raise Busy(
-                    f"this key holds {len(mine)} sessions already",
-                    expected=f"at most {self._max_per_tenant} sessions and {self._tenant_bytes} bytes",
-                    remedy="delete sessions that are done, or try again after Retry-After",
-                    retry_after=5.0,
-                )
-            mine = [s for s in mine if not s.dropped]
-        while len(self._sessions) >= self._max_sessions:
-            if not self._evict_one(lambda session: True):
-                raise Busy(
-                    f"{len(self._sessions)} sessions are held already",
-                    expected=f"at most {self._max_sessions}",
-                    remedy="try again after Retry-After",
-                    retry_after=5.0,
-                )
-        return self.reserve(need, "the session")
+        while self._bytes_of(tenant) + need > self._tenant_bytes:
+            self._evict_or_refuse(tenant)
+        while not self._places.take(tenant):
+            self._evict_or_refuse(tenant)
+        try:
+            return self.reserve(tenant, need, "the session")
+        except NowcastError:
+            self._places.give(tenant)
+            raise
 
-    def _evict_one(self, may: Callable[[Session], bool]) -> bool:
+    def _bytes_of(self, tenant: str) -> int:
+        return sum(s.reservation.nbytes for (owner, _), s in self._sessions.items() if owner == tenant)
+
+    def _evict_or_refuse(self, tenant: str) -> None:
+        if not self._evict_one(tenant):
+            held = self._places.of(tenant)
+            everybody = held < self._places.most and self._bytes_of(tenant) < self._tenant_bytes // 2
+            raise Busy(
+                f"{len(self._sessions)} sessions are held already"
+                if everybody
+                else f"this key holds {held} sessions already",
+                expected=f"at most {self._places.most} sessions and {self._tenant_bytes} bytes",
+                remedy="delete sessions that are done, or try again after Retry-After",
+                retry_after=5.0,
+            )
+
+    def _evict_one(self, tenant: str) -> bool:
+        """Drop the longest idle session of a tenant, never another's."""
         now = time.monotonic()
         idle = [
             (session.touched, key)
             for key, session in self._sessions.items()
-            if may(session) and session.idle and now - session.touched >= self._evict_after
+            if session.tenant == tenant and session.idle and now - session.touched >= self._evict_after
         ]
         if not idle:
             return False
@@ -220,6 +233,7 @@ class SessionStore:
         session = self._sessions.pop(key, None)
         if session is None:
             return
+        self._places.give(session.tenant)
         if not session.leave():
             self._leaving.append(session)
         self._on_drop(reason or "deleted")

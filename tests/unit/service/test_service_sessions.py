@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from nowcast_proto.arrays import frame_of
-from nowcast_proto.errors import Busy, Conflict, Expired, InvalidSnapshot, NotFound, TooLarge
+from nowcast_proto.errors import Busy, Conflict, DeadlineExceeded, Expired, InvalidSnapshot, NotFound, TooLarge
 from nowcast_proto.messages import NowcastJob, SessionCreate
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Encoder
 from nowcast_proto.tensors import Limits, TensorFrame
 from nowcast_service.runtime.arrival import check_finite, packed_sink, tensor_of
-from nowcast_service.runtime.budget import Budget
+from nowcast_service.runtime.budget import Budget, Shares
 from nowcast_service.runtime.device_queue import Job, Place
 from nowcast_service.runtime.session import Nowcast, Session
 from nowcast_service.runtime.store import SessionStore
@@ -37,6 +37,7 @@ def make(total: int = 10 * NEED, **options: object) -> SessionStore:
         "max_sessions_per_tenant": 100,
         "expiry": 60.0,
         "evict_after": 0.0,
+        "lapse_after": 60.0,
         "results": 2,
     }
     return SessionStore(Budget(total), **{**settings, **options})
@@ -82,7 +83,7 @@ def test_what_never_fits_and_what_does_not_fit_now():
         store.create("t", "other", SessionCreate(spec=SPEC))
     assert caught.value.retry_after
     with pytest.raises(TooLarge):
-        store.reserve(NEED + 1, "it")
+        store.reserve("t", NEED + 1, "it")
     assert store.budget.used == NEED
 
 
@@ -101,6 +102,81 @@ def test_quotas_of_a_tenant_touch_only_its_own_sessions():
     bytes_quota.create("t", "a", SessionCreate(spec=SPEC))
     bytes_quota.create("t", "b", SessionCreate(spec=SPEC))
     assert len(bytes_quota) == 1
+
+
+def test_room_is_made_within_a_tenant_only():
+    store = make(4 * NEED, tenants=2)
+    store.create("a", "1", SessionCreate(spec=SPEC))
+    store.create("a", "2", SessionCreate(spec=SPEC))
+    store.create("b", "1", SessionCreate(spec=SPEC))
+    store.create("a", "3", SessionCreate(spec=SPEC))  # its own and the common ones
+    store.create("a", "4", SessionCreate(spec=SPEC))
+    assert set(store._sessions) == {("b", "1"), ("a", "2"), ("a", "3"), ("a", "4")}
+    reservation = store.reserve("a", NEED, "the nowcast")
+    assert ("a", "2") not in store._sessions
+    reservation.release()
+
+
+def test_one_tenant_leaves_another_its_sessions():
+    store = make(100 * NEED, max_sessions=4, tenants=2, evict_after=60.0)
+    for number in range(3):
+        store.create("a", str(number), SessionCreate(spec=SPEC))
+    with pytest.raises(Busy, match="this key holds 3"):
+        store.create("a", "3", SessionCreate(spec=SPEC))
+    store.create("b", "0", SessionCreate(spec=SPEC))
+    store.delete("a", "0")
+    store.create("a", "3", SessionCreate(spec=SPEC))
+
+
+def test_a_claim_without_bytes_lapses_and_is_made_again():
+    store = make(NEED, lapse_after=0.0, evict_after=60.0)
+    idle, _ = store.create("t", "idle", SessionCreate(spec=SPEC))
+    broken = idle.open_upload(0, 0, None, Limits())
+    broken.decoder.feed(stream(0)[:200])
+    store.sweep()
+    assert store.budget.used == NEED  # it is arriving
+    broken.busy = False
+    time.sleep(0.01)
+    store.sweep()
+    assert store.budget.used == 0
+    other, _ = store.create("t", "other", SessionCreate(spec=SPEC))
+    with pytest.raises(Busy):
+        idle.open_upload(0, 0, None, Limits())
+    assert put(other, 0)
+    store.sweep()
+    assert store.budget.used == NEED  # it has sent something
+    store.delete("t", "other")
+    assert put(idle, 0)
+    assert store.budget.used == NEED
+
+
+def test_the_device_hears_that_a_session_is_gone():
+    store = make()
+    session, _ = store.create("t", "s", SessionCreate(spec=SPEC))
+    job = Job(None, Place("t", lambda place: None), time.monotonic() + 60, lambda job: None, future=Future())
+    session.remember(Nowcast(NowcastJob(nowcast="n", steps=(0,), k=1), "d", job, ("linear", None), []))
+    job.check()
+    store.delete("t", "s")
+    with pytest.raises(DeadlineExceeded):
+        job.check()
+
+
+@pytest.mark.parametrize("tenants", [1, 2, 3, 7])
+@pytest.mark.parametrize("total", [1, 4, 16, 1000])
+def test_no_tenant_can_leave_another_without_any(total: int, tenants: int):
+    shares = Shares(total, tenants)
+    greedy = 0
+    while shares.take("0"):
+        greedy += 1
+    assert greedy == shares.most
+    for other in range(1, tenants):
+        for _ in range(max(1, total // (2 * tenants))):
+            assert shares.take(str(other))
+        assert not shares.take(str(other))
+    assert shares.used <= max(total, tenants)
+    shares.give("0", greedy)
+    assert shares.of("0") == 0
+    assert shares.most == shares.own or tenants == 1 or shares.take("1")  # what was common is free again
 
 
 def test_a_session_at_work_is_never_dropped():
