@@ -112,6 +112,10 @@ class Settings(BaseSettings):
     max_uploads: Annotated[int, Field(ge=1)] = Field(
         default=32, description="Request bodies received at once; more are answered 429."
     )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        default=512,
+        description="Connections at once; where one more comes, the oldest that serves nobody has to go.",
+    )
     default_deadline: Annotated[float, Field(gt=0)] = Field(
         default=600.0, description="Seconds a nowcast may take, waiting included, when the request says nothing."
     )
@@ -120,8 +124,8 @@ class Settings(BaseSettings):
     )
     upload_idle: Annotated[float, Field(gt=0)] = Field(
         default=30.0,
-        description="Seconds without a byte after which an upload is given up (it can be resumed), and most seconds "
-        "the head of a request may take.",
+        description="Seconds without progress after which an upload is given up (it can be resumed), and the bound on "
+        "all else a client may keep waiting for: a head, the rest of a refused body, the reading of an answer.",
     )
     shutdown_grace: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="Seconds after SIGTERM within which the service has finished and is gone."

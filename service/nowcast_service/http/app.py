@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from nowcast_proto.errors import InternalError, NowcastError, Unavailable
 from nowcast_proto.messages import (
@@ -131,6 +132,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if service.settings.threads:
+            torch.set_num_threads(service.settings.threads)
         service.start()
         housekeeping = asyncio.create_task(service.keep_house())
         yield
