@@ -34,12 +34,14 @@ from nowcast_proto.messages import NowcastJob, WireDType
 from nowcast_proto.rules.verdict import BestLevel, LossTrace, TrialSettings, Verdict, judge
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.table import DeclaredTable
+from nowcast_proto.trainings import Report
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
 from nowcast_client.loop.cadence import MANY_NOWCASTS, MAX_HORIZON, Cadence, default_period
 from nowcast_client.loop.losses import LossReader
+from nowcast_client.loop.reports import About, Reports
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
 from nowcast_client.loop.steps import Rounds, after_backward
 from nowcast_client.network import coverage
@@ -144,6 +146,7 @@ class Handle:
         copies: Copies,
         refresh: Callable[[], object] | None,
         alone: Alone | None = None,
+        about: About | None = None,
     ) -> None:
         self.step = 0
         self.mode: Mode = mode
@@ -200,6 +203,7 @@ class Handle:
         self._losses = LossReader(LossTrace(keep=2 * (cadence.period + reference + window) + SMOOTHED))
         self._hooks: list[Any] = []
         self._uploader: Uploader | None = None
+        self._told_people: Reports | None = None
         self._ring: Ring | None = None
         if mode != "off" and transport is not None:
             self._ring = Ring(layout, cadence.context + 1, wire_dtype)
@@ -222,6 +226,8 @@ class Handle:
                 keep_base=stale == "overwrite",
             )
             self._uploader.open()
+            if about is not None:
+                self._told_people = Reports(about, self._uploader.tell)
             self._hook()
             atexit.register(self.close)
 
@@ -415,10 +421,17 @@ class Handle:
                 self._counts["unjudged"] += 1
                 self._trial = None
             if self._uploader is not None:
-                if self._uploader.close(timeout) and self._transport is not None:
+                if self._uploader.close(timeout, self._last_report()) and self._transport is not None:
                     self._transport.close()
                 else:
                     log.debug("the uploader did not end in time and is left to the interpreter's exit")
+
+    def _last_report(self) -> Callable[[], Report] | None:
+        if self._told_people is None:
+            return None
+        self._losses.read(block=True)
+        saved = self._savings()["steps_saved_estimate"]
+        return self._told_people.last(self.step, self.mode, self._losses.trace, saved)
 
     def __enter__(self) -> Handle:
         return self
@@ -507,6 +520,10 @@ class Handle:
         self._reports = 0
         now = time.perf_counter()
         self._clock = (self.step, now, now) if self._clock is None else (*self._clock[:2], now)
+        if self._told_people is not None and self._told_people.due(now):
+            self._losses.read()
+            saved = self._savings()["steps_saved_estimate"]
+            self._told_people.tell(now, self.step, self.mode, self._losses.trace, saved)
         if self._acts == "when_told":
             self._due = True
         else:
@@ -884,6 +901,8 @@ class Handle:
         log.log(level, "step %d: %s", self.step, message)
 
     def _emit(self, kind: str, **detail: Any) -> None:
+        if self._told_people is not None:
+            self._told_people.event(kind, self.step, detail)
         event = Event(kind, self.step, detail)
         if self._on_event is not None:
             with self._guarded("on_event"):
@@ -964,6 +983,8 @@ def attach(
     refresh: Callable[[], object] | None = None,
     baseline: Sequence[float] | str | Path | None = None,
     group: Any = None,
+    name: str | None = None,
+    report: bool = True,
 ) -> Handle:
     """Nowcast a training: one line before the loop, and ``handle.observe(loss)`` in it.
 
@@ -1016,6 +1037,8 @@ def attach(
             back by itself.
         baseline: Losses of an earlier run without nowcasts, one per optimizer step from the first on, or the path of a
             JSON or CSV file of them: ``summary()["steps_saved"]`` is then measured against it.
+        name: What people who watch call this training; the model's class and the machine's name by default.
+        report: Tell the service losses and events for people who watch (see ``docs/watching.md``).
         group: Process group of the ranks that train this model together; the default group where there is one.
 
     Returns:
@@ -1113,6 +1136,7 @@ def attach(
             "copies": followed,
             "refresh": refresh,
             "alone": Alone(baseline) if baseline is not None else None,
+            "about": About.of(model, optimizers[-1], name, every, total_steps) if report else None,
         }
         if ranks is not None:
             from nowcast_client.ranks.distributed import DistributedHandle

@@ -43,6 +43,7 @@ from nowcast_proto.messages import (
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Decoder, Encoder, Header, Sink, allocate
 from nowcast_proto.tensors import Limits, TensorFrame
+from nowcast_proto.trainings import Report
 from nowcast_proto.version import (
     HEADER_DIGEST,
     HEADER_OFFSET,
@@ -50,6 +51,7 @@ from nowcast_proto.version import (
     JSON_TYPE,
     MEDIA_TYPE,
     ROUTE_NOWCASTS,
+    ROUTE_REPORTS,
     ROUTE_SESSION,
     ROUTE_SESSION_NOWCAST,
     ROUTE_SNAPSHOT,
@@ -129,6 +131,7 @@ class Session:
         self._open = False
         self._spec_digest = spec.digest()
         self.resent = 0
+        self._reported_as: str | None = None
 
     # ------------------------------------------------------------------ calls
 
@@ -227,6 +230,15 @@ class Session:
         """Tell the service what became of a nowcast, for its metrics."""
         verdict = Verdict(nowcast=nowcast, outcome=outcome, reason=reason and reason[:200], step=step)
         self._json("POST", self._route(ROUTE_VERDICTS), verdict.model_dump_json().encode(), VerdictReply, deadline)
+
+    def report(self, report: Report, deadline: float) -> None:
+        """Say what the training did, for those who watch it; tried once."""
+        if self._reported_as not in (None, self.id):
+            report = report.model_copy(update={"continues": self._reported_as})
+        body = report.model_dump_json(exclude_none=True).encode()
+        route = self._route(ROUTE_REPORTS)
+        self._call("POST", route, deadline, lambda reply: reply.text(), body=body, retry=Retry(attempts=1))
+        self._reported_as = self.id
 
     def delete(self, deadline: float, session_id: str | None = None) -> None:
         """Drop the session, or another one of ours, at the service."""

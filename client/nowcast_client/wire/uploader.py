@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from nowcast_proto.errors import Conflict, NowcastError
 from nowcast_proto.messages import CoverageReport, NowcastJob, Outcome
+from nowcast_proto.trainings import Report
 from torch import Tensor
 
 from nowcast_client.network import coverage
@@ -135,6 +136,8 @@ class Uploader:
         self._open_jobs = 0
         self._current: Window | None = None
         self._closing = False
+        self._telling = False
+        self._last: Callable[[], Report] | None = None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nowcast-uploader", daemon=True)
         self._thread.start()
@@ -171,6 +174,14 @@ class Uploader:
         """Tell the service what became of a nowcast."""
         self._submit(lambda: self._verdict(nowcast, outcome, reason, step))
 
+    def tell(self, make: Callable[[], Report]) -> bool:
+        """Make a report and send it, for those who watch; whether it will be tried. One at a time is under way."""
+        if self._telling or self._closing:
+            return False
+        self._telling = True
+        self._submit(lambda: self._tell(make))
+        return True
+
     def answered(self, window: Window) -> bool:
         """Whether the answer to a window's nowcast, or its failure, waits among the results."""
         return any(getattr(result, "window", None) is window for result in list(self.results))
@@ -180,12 +191,17 @@ class Uploader:
         with self.arrived:
             return self.arrived.wait_for(lambda: self._open_jobs == 0, timeout)
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, last: Callable[[], Report] | None = None) -> bool:
         """Give up what runs, say goodbye to the service, end the thread.
+
+        Args:
+            timeout: Seconds it may take.
+            last: Makes the last report.
 
         Returns:
             Whether the thread ended within ``timeout`` seconds; it is a daemon and holds up nothing otherwise.
         """
+        self._last = last
         self._closing = True
         self._ending.set()
         current = self._current
@@ -219,6 +235,8 @@ class Uploader:
                     self.arrived.notify_all()
         try:
             self.session.stop = None
+            if self._last is not None:
+                self.session.report(self._last(), time.monotonic() + 1.0)
             self.session.delete(time.monotonic() + 1.0)
         except Exception as exc:  # the service forgets idle sessions by itself
             log.debug("the session was not deleted: %s", exc)
@@ -324,6 +342,15 @@ class Uploader:
             self.session.verdict(nowcast, outcome, reason, step, time.monotonic() + 2.0)
         except Exception as exc:
             self._report(Failed("verdict", step, exc))
+
+    def _tell(self, make: Callable[[], Report]) -> None:
+        self.session.stop = self._ending
+        try:
+            self.session.report(make(), time.monotonic() + 2.0)
+        except NowcastError as exc:  # nobody's training depends on being watched
+            log.debug("a report was not taken: %s", exc)
+        finally:
+            self._telling = False
 
     def _release(self, window: Window) -> None:
         for slot in window.slots:

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from nowcast_client import attach
 from nowcast_service.runtime.keys import hash_key
 
 from .service_harness import Serve, Server, Training, create, send, sequential
@@ -101,6 +103,33 @@ def test_a_training_appears_and_moves_on(serve: Serve, page: Any) -> None:
         assert re.search(r"step 299 .* loss 0\.5", page.inner_text("#read"))
         client.delete(f"/v1/sessions/{RUN}")
         page.wait_for_selector("#rows .ended")
+
+
+def test_a_real_training_reports_itself(serve: Serve, page: Any) -> None:
+    """`attach` is enough: losses, nowcasts and their verdicts appear, and the end."""
+    torch.manual_seed(0)
+    server = serve()
+    page.goto(server.url)
+    page.wait_for_selector("#empty:not([hidden])")
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    teacher = torch.randn(16, 4)
+    with attach(model, optimizer, server.url, name="teacher", period=100, total_steps=1000, wait=60) as handle:
+        for _ in range(360):
+            x = torch.randn(32, 16)
+            loss = torch.nn.functional.cross_entropy(model(x), (x @ teacher).argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            handle.observe(loss)
+            optimizer.step()
+        done = handle.summary()
+        page.click("text=teacher")
+        page.wait_for_selector("#whole:not([hidden])")
+    page.wait_for_selector("#rows .ended")
+    assert done["patched"]
+    told = f"{done['kept']} nowcasts kept, {done['rolled_back']} undone"
+    page.wait_for_selector(f"#loss[aria-label*='{told}'][aria-label*='at step 359']")
+    assert "AdamW" in page.inner_text("#facts")
 
 
 def test_movement_of_real_snapshots(serve: Serve, page: Any) -> None:
