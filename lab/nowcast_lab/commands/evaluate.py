@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from nowcast_lab.evaluate.run import Arm, Predict
+    from nowcast_lab.evaluate.arms import Arm
+    from nowcast_lab.evaluate.run import Predict
 
 console = Console(stderr=True)
 
@@ -38,8 +39,10 @@ def evaluate(
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from nowcast_lab.evaluate.arms import read_arms
+    from nowcast_lab.evaluate.plan import Plan, execute, read_runs
+    from nowcast_lab.evaluate.pooled import pooled, pooled_markdown
     from nowcast_lab.evaluate.report import markdown, plot, reports
-    from nowcast_lab.evaluate.run import Plan, execute, read_arms, read_runs
     from nowcast_lab.evaluate.tasks import SEEDS, task
     from nowcast_lab.metatrain.errors import InvalidRecipe
 
@@ -65,7 +68,7 @@ def evaluate(
                 on_step=lambda step: progress.update(current, completed=step),
             )
     found = reports(read_runs(out))
-    table = markdown(found)
+    table = pooled_markdown(pooled(found)) + "\n" + markdown(found)
     if report is None:
         typer.echo(table)
         return

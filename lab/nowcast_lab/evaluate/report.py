@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nowcast_lab.evaluate.run import Arm
+from nowcast_lab.evaluate.arms import Arm
+from nowcast_lab.evaluate.significance import sign_flip
 from nowcast_lab.evaluate.tasks import TASKS, Task
 
 Run = dict[str, Any]
@@ -25,8 +26,8 @@ COLUMNS = (
     "schedule",
     "seeds",
     "steps to target",
-    "against AdamW",
-    "at this rate",
+    "against the strongest",
+    "same recipe alone",
     "seconds to target",
     "final",
     "at equal time",
@@ -50,10 +51,11 @@ class Row:
         final: Median final metric.
         spread: Half the range of the final metric over seeds.
         timed: Median metric at equal wall-clock, see `_at_equal_time`.
-        same_rate: Steps to where AdamW ends at this very rate and schedule, as a share of the steps it takes itself;
-            None for AdamW, and where that was not run.
+        same_rate: Steps to where the very same recipe ends without nowcasts, as a share of the steps it takes itself;
+            None for a recipe without nowcasts, and where that was not run.
         kept: Share of nowcasts kept; None where none was made.
-        p_value: Paired over seeds against tuned AdamW, final metric; None for AdamW itself or a single seed.
+        p_value: Paired over seeds against the strongest recipe, final metric; None for itself or a single seed.
+        edge: Whether its rate is at the edge of those that were tried of its method.
         nowcast_share: Nowcast time over training time.
         nowcast_bytes: Most memory that snapshots and a nowcast took; None where none of the runs measured it.
     """
@@ -68,6 +70,7 @@ class Row:
     same_rate: float | None
     kept: float | None
     p_value: float | None
+    edge: bool
     nowcast_share: float
     nowcast_bytes: int | None
 
@@ -80,7 +83,7 @@ class TaskReport:
         task: The task.
         steps: Length of its runs.
         target: What arms race to.
-        baseline: The tuned AdamW row.
+        baseline: The strongest recipe without nowcasts.
         rows: Every row, best final metric first.
     """
 
@@ -97,7 +100,7 @@ class TaskReport:
 
 
 def reports(runs: Sequence[Run]) -> list[TaskReport]:
-    """A report per task and length that has AdamW runs; the others have nothing to be compared with.
+    """A report per task and length that has runs without nowcasts; the others have nothing to be compared with.
 
     Args:
         runs: Lines of a results file.
@@ -109,7 +112,7 @@ def reports(runs: Sequence[Run]) -> list[TaskReport]:
         arms: dict[str, list[Run]] = {}
         for run in here:
             arms.setdefault(Arm.model_validate(run["arm"]).model_dump_json(), []).append(run)
-        plain = {key: group for key, group in arms.items() if group[0]["arm"]["predictor"] == "none"}
+        plain = {key: group for key, group in arms.items() if "predictor" not in _changed(group[0])}
         if not plain:
             continue
         sign = 1 if task.metric == "accuracy" else -1
@@ -117,17 +120,38 @@ def reports(runs: Sequence[Run]) -> list[TaskReport]:
         target = task.target
         if target is None or not any(_reached(run, target, task)[0] < math.inf for run in here):
             target = _median(_finals(tuned), task)
-        twins = {_rate(group[0]["arm"]): group for group in plain.values()}
-        rows = [_row(group, tuned, twins.get(_rate(group[0]["arm"])), target, task) for group in arms.values()]
+        twins = {_recipe(group[0]): group for group in plain.values()}
+        edges = _edges([group[0] for group in arms.values()])
+        rows = [_row(group, tuned, twins.get(_recipe(group[0])), target, task, edges) for group in arms.values()]
         rows.sort(key=lambda row: -sign * row.final if math.isfinite(row.final) else math.inf)
         baseline = next(row for row in rows if row.runs[0] is tuned[0] or row.runs[0]["key"] == _first(tuned)["key"])
         out.append(TaskReport(task, steps, target, baseline, tuple(rows)))
     return out
 
 
-def _rate(arm: Mapping[str, Any]) -> tuple[Any, ...]:
+_RECIPE = {
+    "optimizer", "lr", "rest_lr", "warmup", "schedule", "betas", "weight_decay", "clip", "init", "average", "ema_span"
+}  # fmt: skip
+"""Fields of an arm that have nothing to do with nowcasts."""
+
+
+def _changed(run: Run) -> dict[str, Any]:
+    """The fields of a run's arm that are not at their default."""
+    return Arm.model_validate(run["arm"]).model_dump(mode="json", exclude_defaults=True)
+
+
+def _recipe(run: Run) -> str:
     """What an arm shares with the same training without nowcasts."""
-    return arm["optimizer"], arm["lr"], arm["schedule"], arm["weight_decay"]
+    return Arm.model_validate(run["arm"]).model_dump_json(include=_RECIPE)
+
+
+def _edges(runs: Sequence[Run]) -> dict[str, set[float]]:
+    """Lowest and highest rate that was tried, by method; one rate alone is no sweep and has no edge."""
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        arm = Arm.model_validate(run["arm"])
+        rates.setdefault(arm.method, set()).add(arm.lr)
+    return {method: {min(tried), max(tried)} if len(tried) > 1 else set() for method, tried in rates.items()}
 
 
 def _first(group: Sequence[Run]) -> Run:
@@ -175,7 +199,15 @@ def _at_equal_time(run: Run) -> float:
     return float(curve[-1][1])
 
 
-def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: float, task: Task) -> Row:
+def _row(
+    group: list[Run],
+    tuned: list[Run],
+    twin: list[Run] | None,
+    target: float,
+    task: Task,
+    edges: Mapping[str, set[float]],
+) -> Row:
+    arm = Arm.model_validate(group[0]["arm"])
     group = sorted(group, key=lambda run: run["seed"])
     same_rate = None
     if twin is not None and twin[0]["arm"] != group[0]["arm"]:
@@ -189,7 +221,7 @@ def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: flo
     made = sum(run["nowcasts"] for run in group)
     finals = _finals(group)
     return Row(
-        arm=Arm.model_validate(group[0]["arm"]),
+        arm=arm,
         runs=tuple(group),
         steps=_steps(group, target, task),
         seconds=statistics.median_high([seconds for _, seconds in hits]),
@@ -199,21 +231,16 @@ def _row(group: list[Run], tuned: list[Run], twin: list[Run] | None, target: flo
         same_rate=same_rate,
         kept=sum(run["kept"] for run in group) / made if made else None,
         p_value=None if group[0]["arm"] == tuned[0]["arm"] else paired_p(group, tuned),
+        edge=arm.lr in edges[arm.method],
         nowcast_share=sum(r["nowcast_seconds"] for r in group) / max(1e-9, sum(r["training_seconds"] for r in group)),
         nowcast_bytes=max((n for r in group if (n := r.get("nowcast_bytes")) is not None), default=None),
     )
 
 
 def paired_p(one: Sequence[Run], other: Sequence[Run]) -> float | None:
-    """Two-sided sign-flip test on the final metric over the seeds both have: exact, without assumptions, and honest
-    about few seeds (three can show no less than 0.25, five no less than 0.0625). None below two common seeds."""
+    """`sign_flip` on the final metric over the seeds both have."""
     finals = {run["seed"]: float(run["final"]) for run in other}
-    gaps = np.array([float(r["final"]) - finals[r["seed"]] for r in one if r["seed"] in finals])
-    if len(gaps) < 2 or not np.isfinite(gaps).all():
-        return None
-    signs = 1 - 2 * ((np.arange(2 ** len(gaps))[:, None] >> np.arange(len(gaps))) & 1)
-    flipped = np.abs(signs @ gaps)
-    return float((flipped >= abs(gaps.sum()) - 1e-12).mean())
+    return sign_flip([float(run["final"]) - finals[run["seed"]] for run in one if run["seed"] in finals])
 
 
 def markdown(task_reports: Sequence[TaskReport]) -> str:
@@ -223,13 +250,13 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
         task = report.task
         unit = " %" if task.metric == "accuracy" else ""
         seeds = sorted({run["seed"] for row in report.rows for run in row.runs})
-        origin = "published" if report.target == task.target else "end of tuned AdamW"
+        origin = "published" if report.target == task.target else "end of the strongest recipe"
         parts.append(
             f"### {report.name}: {task.arch.label} on {task.source}\n\n"
             f"Batch {task.batch}, {report.steps:,} steps, seeds {', '.join(map(str, seeds))}. "
             f"Target {report.target:.4g}{unit} ({origin}). "
-            "A miss counts as infinite. Column *at this rate*: against AdamW at the same rate and schedule, to where "
-            "that ends.\n\n" + f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
+            "A miss counts as infinite. Column *same recipe alone*: against the same optimizer, rate and schedule "
+            "without nowcasts, to where that ends.\n\n" + f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
         )
         for row in report.rows:
             parts.append(_line(row, report))
@@ -238,14 +265,16 @@ def markdown(task_reports: Sequence[TaskReport]) -> str:
 
 
 def _line(row: Row, report: TaskReport) -> str:
-    label = row.arm.label + (" **tuned**" if row is report.baseline else "")
+    label = row.arm.method + (" **strongest**" if row is report.baseline else "")
+    if row.edge and row is _best_of(report, row.arm.method):
+        label += " (edge of the sweep)"
     if row.kept is not None and row.kept < GATED_OFF:
         label += " (gated off)"
     gain = "" if row is report.baseline else _gain(row.steps, report.baseline.steps)
     cells: list[str] = [
         label,
         f"{row.arm.lr:g}",
-        row.arm.schedule,
+        row.arm.recipe,
         str(len(row.runs)),
         _number(row.steps, "{:.0f}"),
         gain,
@@ -260,6 +289,10 @@ def _line(row: Row, report: TaskReport) -> str:
         "" if row.p_value is None else f"{row.p_value:.3g}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _best_of(report: TaskReport, method: str) -> Row:
+    return next(row for row in report.rows if row.arm.method == method)
 
 
 def _gain(steps: float, baseline: float) -> str:
@@ -288,13 +321,13 @@ def plot(report: TaskReport, path: Path, *, most: int = 8) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
     shown: set[str] = set()
     for row in report.rows:
-        if row.arm.label in shown or len(shown) >= most:
+        if row.arm.method in shown or len(shown) >= most:
             continue
-        shown.add(row.arm.label)
+        shown.add(row.arm.method)
         length = min(len(run["curve"]) for run in row.runs)
         steps = [point[0] for point in row.runs[0]["curve"][:length]]
         middle = np.median([[point[1] for point in run["curve"][:length]] for run in row.runs], axis=0)
-        name = f"{row.arm.label}, rate {row.arm.lr:g} {row.arm.schedule}"
+        name = f"{row.arm.method}, rate {row.arm.lr:g} {row.arm.recipe}"
         axes.plot(steps, middle, label=name, lw=2.2 if row is report.baseline else 1.4)
     axes.axhline(report.target, color="grey", lw=0.8, ls=":")
     axes.set_xlabel("steps")

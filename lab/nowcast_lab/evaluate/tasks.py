@@ -32,6 +32,7 @@ class Task(BaseModel):
         target: Published target of the metric; None where the target is what tuned AdamW ends at.
         eval_every: Steps between evaluations.
         eval_items: Test images, or sequences, of one evaluation.
+        once: Read no part of a text twice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,7 @@ class Task(BaseModel):
     target: float | None = None
     eval_every: PositiveInt = 50
     eval_items: PositiveInt = 2000
+    once: bool = False
 
     def better(self, one: float, other: float) -> bool:
         """Whether metric `one` is at least as good as `other`."""

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nowcast_lab.evaluate.arms import Arm, expand, read_arms, run_key
+from nowcast_lab.evaluate.measure import batches, evaluate
+from nowcast_lab.evaluate.optimizers import KernelMuon, Optimizers
+from nowcast_lab.evaluate.plan import Plan, execute, read_runs
+from nowcast_lab.evaluate.pooled import pooled, pooled_markdown
 from nowcast_lab.evaluate.report import markdown, paired_p, reports
-from nowcast_lab.evaluate.run import Arm, Local, Plan, execute, expand, read_arms, read_runs, run
+from nowcast_lab.evaluate.run import Local, run
 from nowcast_lab.evaluate.tasks import TASKS
 from nowcast_lab.metatrain.data import load
 from nowcast_lab.metatrain.errors import InvalidRecipe
+from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.predictors import make_predictor
@@ -165,6 +172,12 @@ def test_arms_multiply_out(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"predictor": "magic"}]))
     with pytest.raises(InvalidRecipe, match="no arm"):
         read_arms(path)
+    path.write_text(json.dumps([{"optimiser": "muon", "lr": 0.1}]))
+    with pytest.raises(InvalidRecipe, match=r"no 'optimiser'.*optimizer"):
+        read_arms(path)
+    pairs = list(expand({"betas": [[0.9, 0.99], [0.9, 0.999]], "lr": 1e-3}))
+    assert [arm.betas for arm in pairs] == [(0.9, 0.99), (0.9, 0.999)]
+    assert [arm.betas for arm in expand({"betas": [0.9, 0.99]})] == [(0.9, 0.99)]
     path.write_text("{}")
     with pytest.raises(InvalidRecipe, match="not a list"):
         read_arms(path)
@@ -180,7 +193,7 @@ def line(seed: int, final: float, curve: list[tuple[int, float]], **arm: Any) ->
     }  # fmt: skip
 
 
-def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_tuned_adamw() -> None:
+def test_a_report_takes_medians_counts_misses_as_infinite_and_compares_with_the_strongest() -> None:
     runs = [line(s, 50 + s, [(50, 40.0), (100, 50 + s)], lr=1e-3) for s in (1, 2, 3)]
     runs += [line(s, 30.0, [(50, 20.0), (100, 30.0)], lr=1e-2) for s in (1, 2, 3)]
     runs += [line(s, 60.0 + s, [(50, 55.0), (100, 60.0 + s)], lr=1e-3, predictor="lawa") for s in (1, 2, 3)]
@@ -241,3 +254,129 @@ def test_the_paired_test_is_exact() -> None:
     assert paired_p(one[:1], other) is None
     mixed = [line(s, 9.0 + s / 2 + (2 if s % 2 else -2), [], lr=1e-3) for s in range(4)]
     assert paired_p(mixed, other[:4]) == 1.0
+
+
+ARMS = {
+    "sgd": {"optimizer": "sgd", "lr": 0.05},
+    "muon": {"optimizer": "muon", "lr": 0.02},
+    "soap": {"optimizer": "soap", "lr": 1e-2},
+    "schedulefree": {"optimizer": "schedulefree", "lr": 1e-2},
+    "strong": {"lr": 1e-2, "warmup": 0.1, "schedule": "linear", "betas": (0.9, 0.99), "clip": 1.0, "init": "he"},
+}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_optimizer_trains(name: str) -> None:
+    task = TASK.model_copy(update={"arch": Arch(kind="convnet", widths=(6, 8), channels=1, size=8)})
+    line = run(task, Arm(**ARMS[name]), 1, load("digits"), None, steps=120)
+    assert line["final"] < 0.8 * math.log(10)
+
+
+def test_the_rate_follows_the_schedule_in_every_group() -> None:
+    arm = Arm(optimizer="muon", lr=0.04, rest_lr=0.002, warmup=0.2, schedule="linear")
+    model = TASK.arch.build()
+    optimizers = Optimizers(arm, model, 10)
+    seen = []
+    for step in range(10):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizers.step(step)
+        seen.append([group["lr"] for one in optimizers.each for group in one.param_groups])
+    assert seen[0] == pytest.approx([0.02, 0.001])
+    assert seen[2] == pytest.approx([0.04, 0.002])
+    assert seen[6] == pytest.approx([0.02, 0.001])
+
+
+def test_muon_sees_a_kernel_as_a_matrix() -> None:
+    kernel, matrix = torch.nn.Parameter(torch.randn(4, 3, 3, 3)), torch.nn.Parameter(torch.empty(4, 27))
+    matrix.data.copy_(kernel.detach().view(4, 27))
+    one, two = KernelMuon([kernel], lr=0.1), torch.optim.Muon([matrix], lr=0.1)
+    for seed in range(3):
+        kernel.grad = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        matrix.grad = kernel.grad.view(4, 27).clone()
+        one.step()
+        two.step()
+    assert torch.equal(kernel.view(4, 27), matrix)
+
+
+def test_averaged_weights_are_evaluated_in_every_run_and_cost_no_training(tmp_path: Path) -> None:
+    data = load("digits")
+    runs = {kind: run(TASK, Arm(lr=3e-2, average=kind), 1, data, None, steps=60) for kind in ("none", "ema", "lawa")}
+    for kind, line in runs.items():
+        assert line["averaged"] == runs["none"]["averaged"]
+        assert line["final"] == line["averaged"][kind][-1]
+        assert [point[1] for point in line["curve"]] == line["averaged"][kind]
+    assert len({line["final"] for line in runs.values()}) == 3
+    arms = tuple(Arm(lr=3e-2, average=kind) for kind in ("none", "ema", "lawa"))
+    out = tmp_path / "runs.jsonl"
+    assert execute(Plan((TASK,), arms, (1,), 60), out, lambda _: None) == 1
+    for line, arm in zip(read_runs(out), arms, strict=True):
+        assert line["final"] == runs[arm.average]["final"]
+        assert line["key"] == run_key(TASK, arm, 1, 60)
+    # The mean of the snapshots of steps 20, 40 and so on is what LAWA is.
+    means = []
+
+    def mean(step: int, model: torch.nn.Module) -> None:
+        means.append((step, {name: p.detach().clone() for name, p in model.named_parameters()}))
+
+    torch.manual_seed(1)
+    model, arm = TASK.arch.build(), Arm(lr=3e-2)
+    optimizers, stream = Optimizers(arm, model, 60), batches(TASK, data, 1)
+    for step in range(60):
+        inputs, targets = next(stream)
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizers.step(step)
+        if (step + 1) % 20 == 0:
+            mean(step, model)
+    model.load_state_dict({name: sum(seen[name] for _, seen in means) / 3 for name in means[0][1]})
+    assert evaluate(model, TASK, data) == pytest.approx(runs["lawa"]["final"], abs=1e-4)
+
+
+def test_context_and_stride_are_free_of_the_period_and_horizons_may_stay() -> None:
+    class Asked(Harmful):
+        def __call__(self, spec: Any, snapshots: Any, k: int, state: Any) -> Any:
+            self.asked.append((len(snapshots), k))
+            return {name: tensor.clone() for name, tensor in snapshots[-1].items()}, state
+
+    ask = Asked()
+    arm = Arm(predictor="linear", period=20, context=3, stride=4, farthest=7, fixed=True)
+    run(TASK, arm, 1, load("digits"), ask, steps=60)
+    assert ask.asked == [(3, 7)] * 3
+    run(TASK, arm.model_copy(update={"stride": 12}), 1, load("digits"), ask, steps=60)
+    assert ask.asked[3:] == [(3, 7)]  # three snapshots twelve steps apart take two periods
+
+
+def test_a_text_may_be_read_once() -> None:
+    task = TASKS["gpt2-code"].model_copy(update={"once": True, "batch": 4})
+    data = load("stdlib:bytes")
+    few = replace(data, train=torch.arange(64 * 8 + 1))
+    seen = []
+    stream = batches(task, few, 1)
+    for _ in range(2):
+        inputs, targets = next(stream)
+        seen += inputs.flatten().tolist()
+        assert torch.equal(targets[:, :-1], inputs[:, 1:])
+    with pytest.raises(InvalidRecipe, match="read once"):
+        next(stream)
+    assert sorted(seen) == list(range(64 * 8))
+
+
+def test_the_strongest_recipe_sets_the_target_and_edges_of_sweeps_are_told() -> None:
+    runs = [line(s, 40.0, [(100, 40.0)], lr=1e-3) for s in (1, 2)]
+    runs += [line(s, 50.0, [(50, 45.0), (100, 50.0)], lr=lr, optimizer="muon") for s in (1, 2) for lr in (0.02,)]
+    runs += [line(s, 48.0, [(100, 48.0)], lr=0.04, optimizer="muon") for s in (1, 2)]
+    runs += [line(s, 51.0, [(50, 50.0), (100, 51.0)], lr=0.02, optimizer="muon", predictor="linear") for s in (1, 2)]
+    twice = runs + [one | {"task": "half-24"} for one in runs]
+    (report, other) = reports(twice)
+    assert (report.target, report.baseline.arm.optimizer) == (50.0, "muon")
+    table = markdown([report])
+    assert "| Muon **strongest** (edge of the sweep) | 0.02 |" in table
+    assert "| Muon | 0.04 |" in table
+    found = {one.method: one for one in pooled([report, other])}
+    linear = next(one for method, one in found.items() if "linear" in method)
+    assert linear.median == 0.5
+    assert (linear.better, linear.pairs) == (4, 4)
+    assert linear.p_value == 2 / 16
+    assert found["AdamW"].median == math.inf
+    assert "| 2 | 50 % | half-16-100 50 %, half-24-100 50 % | 4 of 4 | 0.125 |" in pooled_markdown(list(found.values()))
