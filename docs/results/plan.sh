@@ -7,7 +7,7 @@ run() { # task arms seeds steps [more]
     task=$1 arms=$2 seeds=$3 steps=$4
     shift 4
     if [ "${SEEDS:-5}" -lt "$seeds" ]; then seeds=$SEEDS; fi
-    nowcast evaluate --out "${OUT:-docs/results/runs.jsonl}" --task "$task" --arms "docs/results/arms/$arms.json" \
+    nowcast evaluate --out "${OUT:-runs/runs.jsonl}" --task "$task" --arms "docs/results/arms/$arms.json" \
         --seeds "$seeds" --steps "$steps" --threads 1 --report "${REPORT:-runs/report.md}" "$@"
 }
 for part in "$@"; do

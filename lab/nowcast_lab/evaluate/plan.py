@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,8 @@ def execute(
     Returns:
         Number of trainings. Arms that differ only in the average that is evaluated are one training.
     """
+    if out.suffix == ".xz":
+        raise InvalidRecipe(f"runs cannot be added to {out}, which is compressed", expected="a file of JSON lines")
     done = {line["key"]: line for line in read_runs(out)}
     new = 0
     predicts = {arm: make(arm) for arm in plan.arms}
@@ -108,7 +110,7 @@ def _check_fit(task: Task, data: Images | Text) -> None:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs of a results file, compressed where its name ends in ``.gz``; a last line cut short by a crash is
+    """The runs of a results file, compressed where its name ends in ``.xz``; a last line cut short by a crash is
     dropped.
 
     Raises:
@@ -117,8 +119,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    except (OSError, EOFError, UnicodeDecodeError) as exc:
+        text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as exc:
         raise UnreadableFile(f"{path} cannot be read: {exc}") from exc
     lines = text.splitlines()
     runs = []
@@ -126,7 +128,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         try:
             runs.append(json.loads(line))
         except json.JSONDecodeError as exc:
-            if number == len(lines) and path.suffix != ".gz":
+            if number == len(lines) and path.suffix != ".xz":
                 path.write_text("".join(f"{good}\n" for good in lines[:-1]))
                 break
             raise UnreadableFile(f"{path}, line {number}, is no JSON: {exc}", remedy="remove that line") from exc

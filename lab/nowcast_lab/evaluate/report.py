@@ -103,8 +103,9 @@ def reports(runs: Sequence[Run]) -> list[TaskReport]:
     """A report per task and length that has runs without nowcasts; the others have nothing to be compared with.
 
     Args:
-        runs: Lines of a results file.
+        runs: Lines of a results file; those of the demo, which have no arm, are passed over.
     """
+    runs = [run for run in runs if "arm" in run]
     out = []
     for name, steps in dict.fromkeys((run["task"], run["steps"]) for run in runs):
         here = [run for run in runs if (run["task"], run["steps"]) == (name, steps)]

@@ -93,7 +93,7 @@ def vector_optimizer(group: Group, parameters: Tensor, weight_decay: Tensor) -> 
 
 def rates(group: Group, trainings: Sequence[Training], step: int, steps: int) -> list[list[float]]:
     """(models, 1) learning rates at a step of a run of so many."""
-    warmup = round(group.warmup * steps)
+    warmup = round(group.warmup * steps if group.warmup < 1 else group.warmup)
     return [[(t.lr or 0.0) * learning_rate(t.schedule or "constant", step, steps, warmup)] for t in trainings]
 
 

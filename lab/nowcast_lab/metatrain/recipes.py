@@ -52,7 +52,7 @@ class Group(BaseModel):
         betas: AdamW's.
         weight_decay: Values to draw from.
         schedules: Learning-rate schedules to draw from.
-        warmup: Share of the run with linear warm-up.
+        warmup: Share of the run with linear warm-up; from 1 on, its steps.
         init: Initial weights.
         steps: Optimizer steps.
         every: Optimizer steps between snapshots.
@@ -73,7 +73,7 @@ class Group(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: tuple[float, ...] = (0.0, 0.01, 0.1)
     schedules: tuple[Schedule, ...] = ("constant", "constant", "cosine")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup: Annotated[float, Field(ge=0)] = 0.0
     init: Init = "torch"
     steps: PositiveInt = 2000
     every: PositiveInt = 20
@@ -195,7 +195,7 @@ def _refine() -> Recipe:
         defaults = {"lr": (1.5e-3, 1.2e-2), "batch": 8, "models": 6}
         return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}")
 
-    steep = {"lr": (4e-3, 1.6e-2), "warmup": 0.04, "schedules": ("constant", "cosine")}
+    steep = {"lr": (4e-3, 1.6e-2), "warmup": 50, "schedules": ("constant", "cosine")}
     return Recipe(
         groups=(
             text(_gpt2(2, 24, 3, context=32), "shakespeare"),

@@ -164,6 +164,16 @@ def test_results_are_resumed_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
         read_runs(out)
 
 
+@pytest.mark.parametrize("name", ["results.jsonl.xz", "results-h32.jsonl.xz"])
+def test_the_published_runs_can_be_read_and_are_not_added_to(name: str) -> None:
+    path = Path(__file__).parents[3] / "docs" / "results" / name
+    found = {report.name: report for report in reports(read_runs(path))}
+    assert found["half-16-1000"].baseline.arm == Arm(lr=6e-3, weight_decay=0.01)
+    assert {"gpt2-code-600", "llama-code-600"} <= set(found)
+    with pytest.raises(InvalidRecipe, match="compressed"):
+        execute(Plan((TASK,), (Arm(),), (1,), 20), path, lambda _: None)
+
+
 def test_arms_multiply_out(tmp_path: Path) -> None:
     arms = list(expand({"predictor": "nino", "lr": [1e-3, 2e-3], "period": [50, 100, 200]}))
     assert len(arms) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nowcast_lab.metatrain.refine import RefineConfig
 from nowcast_lab.metatrain.store import Manifest, TrajectoryStore
 from nowcast_service.weights.registry import DEFAULT, SHIPPED, resolve_checkpoint, shipped_path
 
-MANIFEST = Path(__file__).parents[3] / "docs" / "results" / "nowcast-h32-trajectories.json"
+MANIFEST = lzma.decompress(Path(__file__).with_name("nowcast-h32-trajectories.json.xz").read_bytes())
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -35,7 +36,7 @@ def lineage(name: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_its_manifest_is_of_the_trajectories_it_was_trained_on(name: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_bytes(MANIFEST.read_bytes())
+    (tmp_path / "manifest.json").write_bytes(MANIFEST)
     metadata = lineage(name)[-1]
     assert TrajectoryStore(tmp_path).digest(int(metadata["shards"])) == metadata["trajectories"]
 
@@ -65,7 +66,7 @@ def test_the_default_was_refined_with_the_recipe_of_the_package() -> None:
 
 
 def test_nothing_held_out_is_among_its_trajectories() -> None:
-    shards = Manifest.model_validate_json(MANIFEST.read_bytes()).shards
+    shards = Manifest.model_validate_json(MANIFEST).shards
     assert len(shards) == 29
     assert sum(len(shard.trainings) for shard in shards) == 198
     for shard in shards:
