@@ -71,10 +71,10 @@ def test_strangers_in_between_get_a_typed_error(status: int, error: type[Excepti
 
 def test_deadline_and_stop_end_the_trying() -> None:
     dead = FaultyTransport(FakeTransport(ok), dict.fromkeys(range(9999), "before"))
-    start = time.monotonic()
-    with pytest.raises(ConnectFailed):
+    # On a busy machine the deadline may pass before the first try, or in the middle of one.
+    with pytest.raises((ConnectFailed, DeadlineExceeded)):
         ask(dead, retry=Retry(attempts=9999, base=0.01, cap=0.02), seconds=0.2)
-    assert time.monotonic() - start < 30.0  # all the tries would take minutes
+    assert dead.count < 9999
     stop = threading.Event()
     stop.set()
     with pytest.raises(DeadlineExceeded):

@@ -63,7 +63,7 @@ class Watched:
             if on_event is not None:
                 on_event(event)
 
-        settings = {"period": 20, "wait": 10.0, "trial": False, "strict": False, **settings}
+        settings = {"period": 20, "wait": 120.0, "trial": False, "strict": False, **settings}
         retry = Retry(attempts=2, base=0.001, cap=0.01)
         self.handle: Handle = attach(
             model, optimizer, transport=self.service.transport, retry=retry, on_event=note, **settings

@@ -138,9 +138,11 @@ def test_the_line_is_drawn_only_in_a_terminal() -> None:
         line = ProgressLine(terminal)
         trained(on_event=line)
         line.close()
-        drawn = os.read(reading, 1 << 16).decode()
+        drawn = b""
+        while not drawn.endswith(b"\n"):  # a terminal hands over what it has so far
+            drawn += os.read(reading, 1 << 16)
     os.close(reading)
-    assert "step 40  patched  (2 patched)" in drawn
+    assert "step 40  patched  (2 patched)" in drawn.decode()
 
 
 def test_the_summary_says_what_happened() -> None:
