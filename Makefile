@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup test check coverage demo lint format types hooks wheel up up-gpu observability down clean
+.PHONY: help setup test check coverage docs demo lint format types hooks wheel up up-gpu observability down clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -54,6 +54,9 @@ types: $(STAMP) ## Check types, strictly
 
 hooks: $(STAMP) ## Have git check style and types before each commit
 	$(BIN)/pre-commit install
+
+docs: $(STAMP) ## Build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 wheel: $(STAMP) ## Build the distribution into dist/
 	$(BIN)/python -m build --wheel
