@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from nowcast_proto.errors import InvalidSpec, UnreadableFile
-from nowcast_proto.table import DeclaredTable
 from nowcast_proto.wiring import ExplicitWiring
 
 MAX_PARAMETERS = 100_000
@@ -65,7 +64,6 @@ class ArchitectureSpec(BaseModel):
         ties: Alias -> the listed name that holds its storage (``lm_head.weight`` -> ``wte.weight``).
         wiring: ``published`` keeps the node layout trained weights know, ``faithful`` keeps the network's own
             symmetries; the family's default when absent.
-        table: How to wire the network, where no family the service knows does; its name is ``family``.
         graph: The wiring itself, block by block, in place of a family.
     """
 
@@ -78,7 +76,6 @@ class ArchitectureSpec(BaseModel):
     head_dim: PositiveInt | None = None
     ties: dict[Name, Name] = Field(default_factory=dict)
     wiring: Wiring | None = None
-    table: DeclaredTable | None = None
     graph: ExplicitWiring | None = None
 
     @model_validator(mode="after")
@@ -99,8 +96,6 @@ class ArchitectureSpec(BaseModel):
             if self.wiring == "published":
                 raise ValueError("an explicit graph is wired as it says; there is no published wiring of it")
             self.graph.fits({parameter.name: parameter.numel for parameter in self.parameters})
-        if self.table is not None and self.table.family != self.family:
-            raise ValueError(f"family {self.family!r} comes with a table of {self.table.family!r}")
         if self.num_kv_heads is not None:
             if self.num_heads is None:
                 raise ValueError("num_kv_heads is given without num_heads")

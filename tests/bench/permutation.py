@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_service.graph.blocks import EdgeType, NeuralGraph
+from nowcast_proto.table.elements import Heads, Neurons, Vector, Weight
+from nowcast_service.graph.blocks import NeuralGraph
+from nowcast_service.graph.families import Family
 from nowcast_service.graph.positional import positional_encoding
 from nowcast_service.graph.pyg import to_pyg
-from nowcast_service.graph.table import Family, Heads, Neurons, Vector, Weight
 from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.nino.checkpoint import load_checkpoint
 from nowcast_service.nino.config import NiNoConfig
@@ -35,8 +36,8 @@ WIDTH, HEADS = 12, 3
 SIZE = WIDTH // HEADS
 _OUT = (
     Neurons(("out",)),
-    Weight("out.weight", EdgeType.LINEAR, "v", "out"),
-    Vector("out.bias", EdgeType.OTHER, "out"),
+    Weight("out.weight", "linear", "v", "out"),
+    Vector("out.bias", "other", "out"),
 )
 OURS = Family(
     "attention",
@@ -44,14 +45,14 @@ OURS = Family(
         "faithful": (
             Neurons(("x",)),
             Neurons(("q", "v"), fed_by=("heads",)),
-            Weight("q.weight", EdgeType.QUERY, "x", "q"),
+            Weight("q.weight", "query", "x", "q"),
             Heads("q.head", "heads", "q"),
-            Vector("q.bias", EdgeType.OTHER, "q"),
-            Weight("k.weight", EdgeType.KEY, "q", "x", "st"),
-            Vector("k.bias", EdgeType.OTHER, "q", reverse=True),
-            Weight("v.weight", EdgeType.VALUE, "x", "v"),
+            Vector("q.bias", "other", "q"),
+            Weight("k.weight", "key", "q", "x", "st"),
+            Vector("k.bias", "other", "q", reverse=True),
+            Weight("v.weight", "value", "x", "v"),
             Heads("v.head", "heads", "v"),
-            Vector("v.bias", EdgeType.OTHER, "v"),
+            Vector("v.bias", "other", "v"),
             *_OUT,
         )
     },
@@ -66,8 +67,8 @@ NAIVE = Family(
                 link
                 for name in "qkv"
                 for link in (
-                    Weight(f"{name}.weight", EdgeType.LINEAR, "x", name),
-                    Vector(f"{name}.bias", EdgeType.OTHER, name),
+                    Weight(f"{name}.weight", "linear", "x", name),
+                    Vector(f"{name}.bias", "other", name),
                 )
             ),
             *_OUT,

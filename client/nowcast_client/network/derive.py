@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from nowcast_proto.errors import UnsupportedArchitecture
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec, Wiring
-from nowcast_proto.table import DeclaredTable
+from nowcast_proto.table import DeclaredTable, wired_spec
 
 from nowcast_client.network.chains import chain_of
 from nowcast_client.network.recognise import RULES, heads_of, recognise, told_type
@@ -107,16 +107,17 @@ def derive_spec(
         )
     for name in left_out:
         del shapes[name]
-    return ArchitectureSpec(
+    spec = ArchitectureSpec(
         family=family,
         parameters=tuple(ParameterSpec(name=name, shape=shape) for name, shape in shapes.items()),
         ties={alias: name for alias, name in ties.items() if name in shapes},
         wiring=wiring,
-        table=table,
         num_heads=heads.get("num_heads"),
         num_kv_heads=heads.get("num_kv_heads"),
         head_dim=heads.get("head_dim"),
     )
+    # A table is written out here: what travels is the wiring itself.
+    return spec if table is None else wired_spec(spec, table)
 
 
 def _tensors(model: Module) -> tuple[dict[str, tuple[int, ...]], list[str], dict[str, str]]:

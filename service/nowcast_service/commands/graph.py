@@ -16,6 +16,13 @@ class Uncovered(StrEnum):
     EDGEWISE = "edgewise"
 
 
+class Large(StrEnum):
+    """What becomes of kernels with more positions than the checkpoint takes."""
+
+    SPLIT = "split"
+    LEFT = "left"
+
+
 def register(root: typer.Typer) -> None:
     """Add ``graph``."""
     root.command("graph")(graph)
@@ -25,10 +32,13 @@ def graph(
     spec: Annotated[Path, typer.Argument(help="Architecture spec, JSON.", metavar="SPEC.json")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Drawing to write: .png, .svg or .pdf.")] = None,
     coverage: Annotated[bool, typer.Option("--coverage", help="Print what became of every parameter.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print sizes and coverage as one JSON document.")] = False,
-    max_features: Annotated[
-        int, typer.Option(min=1, help="Kernel positions the checkpoint takes; larger kernels stay out of the graph.")
-    ] = 9,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print sizes, coverage and the wiring itself as one JSON document.")
+    ] = False,
+    max_features: Annotated[int, typer.Option(min=1, help="Kernel positions the checkpoint takes per edge.")] = 9,
+    large: Annotated[
+        Large, typer.Option(help="Split larger kernels into several edges, or leave them out of the graph.")
+    ] = Large.SPLIT,
     uncovered: Annotated[
         Uncovered, typer.Option(help="Keep parameters outside the graph, or give them to the edge-wise predictor.")
     ] = Uncovered.LEFT,
@@ -45,23 +55,25 @@ def graph(
     from nowcast_service.graph.wiring.build import build_graph
 
     architecture = ArchitectureSpec.read(spec)
-    neural_graph = build_graph(architecture, max_features=max_features, uncovered=uncovered.value)
+    neural_graph = build_graph(architecture, max_features=max_features, uncovered=uncovered.value, large=large.value)
     if output is not None:
         from nowcast_service.graph.draw import draw
 
         draw(neural_graph, output)
     if as_json:
-        document = {
-            "family": architecture.family,
+        from nowcast_service.graph.contract import contract
+
+        document: dict[str, object] = {
+            "family": architecture.kind,
             "wiring": neural_graph.wiring,
             "digest": architecture.digest(),
             "nodes": neural_graph.n_nodes,
             "edges": neural_graph.n_edges,
-            "blocks": len(neural_graph.blocks),
             "coverage": [
                 {"parameter": c.parameter, "rule": c.rule, "role": c.role, "reason": c.reason}
                 for c in neural_graph.coverage
             ],
+            **contract(neural_graph),
         }
         typer.echo(json.dumps(document, indent=2))
         return

@@ -96,6 +96,8 @@ class Block:
         n_targets: Number of target nodes; equals ``n_sources`` for a diagonal block.
         values: Where the weights lie, or the fixed feature of an auxiliary link (residual and head 1, self-loop 2).
         diagonal: Connect source i to target i only, instead of every pair.
+        writes: The prediction of these edges is the one that counts; False where a tensor that the network uses more
+            than once has been predicted at its first use.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Block:
     n_targets: int
     values: View | float
     diagonal: bool = False
+    writes: bool = True
 
     @property
     def n_edges(self) -> int:
@@ -137,6 +140,7 @@ class Range:
         group: Ranges of one group belong to one step of the network.
         feeds: It feeds the group, rather than being one of its results.
         ordered: Its neurons have places of their own inside a head (rotary pairs).
+        fixed: The outside knows its neurons by their place (inputs, outputs, tokens, positions).
     """
 
     name: str
@@ -145,6 +149,7 @@ class Range:
     group: int
     feeds: bool
     ordered: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,20 +177,27 @@ class NeuralGraph:
         spec: The architecture it was built from.
         n_nodes: Number of neurons.
         blocks: All blocks, parameters and auxiliary links; self-loops last.
-        n_tokens: The first ``n_tokens`` nodes are vocabulary rows (token-position index 1 … n_tokens; every other
-            node has index 0). 0 where the network has no token embedding.
+        vocabularies: (first node, rows) of every vocabulary: row r has token-position index r + 1, every node that is
+            no vocabulary row index 0.
         coverage: One entry per parameter of the spec, in order.
         wiring: ``published`` or ``faithful``.
         ranges: All nodes, in order, as named ranges.
+        beside: Blocks whose elements are known to move with these neurons, and are no edges.
     """
 
     spec: ArchitectureSpec
     n_nodes: int
     blocks: tuple[Block, ...]
-    n_tokens: int = 0
+    vocabularies: tuple[tuple[int, int], ...] = ()
     coverage: tuple[Coverage, ...] = field(default=())
     wiring: str = "published"
     ranges: tuple[Range, ...] = field(default=())
+    beside: tuple[Block, ...] = field(default=())
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows of the largest vocabulary; 0 where the network has no token embedding."""
+        return max((rows for _, rows in self.vocabularies), default=0)
 
     @property
     def n_edges(self) -> int:

@@ -11,14 +11,19 @@ eigenproblem with one row per neuron and one entry per weight. On blocks it is e
   adjacency is only the diagonals, which act on cells of equal size joined by diagonals as one small matrix, each
   eigenvalue of which is repeated (cell size - 1) times.
 
-So the whole spectrum, repetitions included, comes from dense matrices of some hundred to some thousand rows, whatever
-the number of edges or neurons.
+So the whole spectrum, repetitions included, comes from matrices of some hundred to some thousand rows, whatever the
+number of edges or neurons.
 
 Convention (the encoding is defined up to it): columns in ascending order of eigenvalue. Where an eigenvalue is
 repeated, column j of its eigenspace is the projection of a fixed start vector, made orthogonal to the columns before
 it; start vector j has entry ``frac((node + 1) * sqrt(p_j)) - 1/2`` with p_j the j-th prime, so the basis is spread over
 the whole eigenspace as an iterative solver's would be. Each column has length 1, and its first entry of largest
 magnitude (to within one part in a million) is positive.
+
+An eigenvalue may be repeated thousands of times (a thousand equal parts, joined or not). Its eigenspace is then never
+written out: a Krylov space grown from a start vector holds, of every eigenspace, exactly the projection of that vector,
+which is all the convention asks for. So a column costs one such run, whatever the number of repetitions. Networks whose
+ranges are cut into more than a hundred thousand cells are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +32,6 @@ import hashlib
 import logging
 import os
 import tempfile
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,25 +42,21 @@ from threading import Lock
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh
-from scipy.sparse import coo_array, csc_array, identity
+from scipy.sparse import coo_array, csc_array, diags_array, identity
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import LinearOperator, eigsh, splu
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from nowcast_service.graph.blocks import NeuralGraph
+from nowcast_service.graph.cells import cells_of, joined_pairs, symmetric
+from nowcast_service.graph.spectrum import EQUAL, smallest, start_vector
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-_EQUAL = 1e-9
-"""Eigenvalues this close are one repeated eigenvalue."""
-_DENSE_ROWS = 600
-"""Up to this many cells the quotient is solved as a dense matrix; beyond, by shift-invert Lanczos with deflation."""
 _REVISION = 1
 """Part of the cache key; raise it with any change of the convention."""
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
 
 
 def positional_encoding(graph: NeuralGraph, dim: int = 8) -> Tensor:
@@ -108,7 +108,7 @@ def layout_digest(graph: NeuralGraph) -> str:
 
 @dataclass(frozen=True)
 class _Eigenspace:
-    """All eigenvectors of one eigenvalue, as what projects onto them.
+    """The eigenvectors of one eigenvalue, as what projects onto them.
 
     Attributes:
         value: The eigenvalue.
@@ -134,15 +134,15 @@ class NormalisedLaplacian(LinearOperator):
 
     def __init__(self, graph: NeuralGraph) -> None:
         super().__init__(dtype=np.dtype(np.float64), shape=(graph.n_nodes, graph.n_nodes))
-        cuts = _cut(graph)
+        cuts = cells_of(graph)
         self.starts = np.array(cuts[:-1])
         self.sizes = np.diff(cuts)
         self.cell_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        dense, diagonal = _pairs(graph, cuts)
-        self._dense, self._diagonal = _symmetric(dense, self.sizes), _symmetric(diagonal, self.sizes)
+        dense, diagonal = joined_pairs(graph, cuts)
+        self._dense, self._diagonal = symmetric(dense, self.sizes), symmetric(diagonal, self.sizes)
         n = self.sizes.astype(np.float64)
         loops = np.zeros(len(n))  # cells joined to themselves: everyone but oneself
-        loops[[a for a, b in dense if a == b]] = 1
+        loops[dense[dense[:, 0] == dense[:, 1], 0]] = 1
         degree = self._dense @ n - loops + np.asarray(self._diagonal.sum(axis=1)).ravel()
         self._scale = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
         self._loops = loops
@@ -187,7 +187,7 @@ class NormalisedLaplacian(LinearOperator):
         loops = coo_array((self._loops * self._scale**2, (np.arange(len(root)),) * 2), shape=dense.shape)
         return csc_array(identity(len(root)) - dense - diagonal + loops)
 
-    def _zero_sum(self) -> list[tuple[Array, Array, Array]]:
+    def _zero_sum(self, n: int) -> list[tuple[Array, Array, Array]]:
         """Cells, eigenvalues and eigenvectors of every set of cells joined by diagonals, for vectors of zero sum."""
         count, label = connected_components(self._diagonal, directed=False)
         order = np.argsort(label, kind="stable")
@@ -198,36 +198,33 @@ class NormalisedLaplacian(LinearOperator):
             if self.sizes[cells[0]] < 2:
                 continue
             scale = self._scale[cells]
-            matrix = np.diag(1 + self._loops[cells] * scale**2)
-            if len(cells) > 1:
-                matrix -= scale[:, None] * self._diagonal[cells][:, cells].toarray() * scale
-            values, weights = np.linalg.eigh(matrix)
-            sets.append((cells, values, weights))
+            own = 1 + self._loops[cells] * scale**2
+            if len(cells) == 1:
+                sets.append((cells, own, np.ones((1, 1))))
+                continue
+            joined = self._diagonal[cells][:, cells].multiply(scale[:, None]).multiply(scale[None])
+            matrix = csc_array(diags_array(own) - joined)
+            sets.append((cells, *smallest(matrix, n, lambda index, cells=cells: start_vector(len(cells), index))))
         return sets
 
     def _eigenspaces(self, n: int) -> list[_Eigenspace]:
-        """Eigenspaces in ascending order until they hold n eigenvectors, each one complete."""
-        sets = self._zero_sum()
+        """Eigenspaces in ascending order until they hold n eigenvectors.
+
+        Each holds all of its eigenvectors or, where there are more than n, those that the first start vectors see.
+        """
         wanted = min(n, self.shape[0])
-        rows = self._quotient.shape[0]
-        asked = min(rows, n + 4)
-        while True:
-            values, vectors = _smallest(self._quotient, asked)
-            spaces = self._merge(values, vectors, sets)
-            # Ask for more while the last eigenspace that counts may go on beyond what was asked for.
-            total, needed = 0, []
-            for space in spaces:
-                needed.append(space)
-                total += space.dimension
-                if total >= wanted:
-                    break
-            if asked == rows or needed[-1].value < values[-1] - _EQUAL:
-                return needed
-            asked = min(rows, 2 * asked)
+        values, vectors = smallest(self._quotient, n, self._start_on_cells)
+        total, needed = 0, []
+        for space in self._merge(values, vectors, self._zero_sum(n)):
+            needed.append(space)
+            total += space.dimension
+            if total >= wanted:
+                break
+        return needed
 
     def _merge(self, values: Array, vectors: Array, sets: list[tuple[Array, Array, Array]]) -> list[_Eigenspace]:
         known = np.sort(np.concatenate([values, *(set_values for _, set_values, _ in sets)]))
-        first = known[np.concatenate([[True], np.diff(known) > _EQUAL])]
+        first = known[np.concatenate([[True], np.diff(known) > EQUAL])]
         spaces = []
         for low, high in zip(first, [*first[1:], np.inf], strict=True):
             quotient = vectors[:, (values >= low) & (values < high)]
@@ -240,6 +237,11 @@ class NormalisedLaplacian(LinearOperator):
                     dimension += inside.shape[1] * int(self.sizes[cells[0]] - 1)
             spaces.append(_Eigenspace(float(low), quotient, tuple(zero_sum), dimension))
         return spaces
+
+    def _start_on_cells(self, index: int) -> Array:
+        """A start vector's part that is constant on cells, in the scaled coordinates of the quotient."""
+        part: Array = np.add.reduceat(start_vector(self.shape[0], index), self.starts) / np.sqrt(self.sizes)
+        return part
 
     def _project(self, space: _Eigenspace, vector: Array) -> Array:
         """The part of a vector that lies in an eigenspace."""
@@ -255,13 +257,11 @@ class NormalisedLaplacian(LinearOperator):
 
     def _basis(self, space: _Eigenspace, n: int) -> Array:
         """(nodes, n) orthonormal vectors of an eigenspace."""
-        node = np.arange(1, self.shape[0] + 1)
         basis = np.empty((self.shape[0], 0))
         start = 0
         while basis.shape[1] < n:
-            vector = np.modf(node * np.sqrt(_prime(start)))[0] - 0.5
+            vector = self._project(space, start_vector(self.shape[0], start))
             start += 1
-            vector = self._project(space, vector)
             for _ in range(2):  # twice is enough for orthogonality to rounding
                 vector -= basis @ (basis.T @ vector)
                 vector = self._project(space, vector)
@@ -269,99 +269,6 @@ class NormalisedLaplacian(LinearOperator):
             if length > 1e-6:
                 basis = np.column_stack([basis, vector / length])
         return basis
-
-
-def _cut(graph: NeuralGraph) -> list[int]:
-    """Bounds of the cells: where any block begins or ends, carried along the diagonals."""
-    cuts = {0, graph.n_nodes}
-    joins = [block for block in graph.blocks if block.source != block.target or not block.diagonal]
-    for block in joins:
-        cuts.update((block.source, block.source + block.n_sources, block.target, block.target + block.n_targets))
-    diagonals = [block for block in joins if block.diagonal]
-    while True:
-        ordered = sorted(cuts)
-        for block in diagonals:
-            shift = block.target - block.source
-            for start, by in ((block.source, shift), (block.target, -shift)):
-                inside = ordered[bisect_left(ordered, start) : bisect_right(ordered, start + block.n_sources)]
-                cuts.update(cut + by for cut in inside)
-        if len(cuts) == len(ordered):
-            return ordered
-
-
-def _pairs(graph: NeuralGraph, cuts: list[int]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """Pairs of cells (a <= b) joined completely, and those joined one to one and not completely as well."""
-    dense: set[tuple[int, int]] = set()
-    diagonal: set[tuple[int, int]] = set()
-    for block in graph.blocks:
-        sources = range(bisect_left(cuts, block.source), bisect_left(cuts, block.source + block.n_sources))
-        targets = range(bisect_left(cuts, block.target), bisect_left(cuts, block.target + block.n_targets))
-        if block.diagonal:
-            if block.source != block.target:
-                diagonal.update((min(pair), max(pair)) for pair in zip(sources, targets, strict=True))
-        else:
-            dense.update((min(a, b), max(a, b)) for a in sources for b in targets)
-    # A neuron is not its own neighbour, and one pair of single neurons is complete already.
-    single = {(a, b) for a, b in diagonal if cuts[a + 1] - cuts[a] == 1}
-    return dense | single, diagonal - single - dense
-
-
-def _symmetric(pairs: set[tuple[int, int]], sizes: NDArray[np.int64]) -> csc_array:
-    """(cells, cells) indicator of unordered pairs."""
-    count = len(sizes)
-    index = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
-    other = index[index[:, 0] != index[:, 1]][:, ::-1]
-    rows, columns = np.concatenate([index, other]).T
-    return csc_array((np.ones(len(rows)), (rows, columns)), shape=(count, count))
-
-
-def _smallest(matrix: csc_array, n: int) -> tuple[Array, Array]:
-    """The n smallest eigenpairs of a sparse symmetric positive semi-definite matrix, ascending."""
-    rows = matrix.shape[0]
-    if rows <= _DENSE_ROWS:
-        values, vectors = eigh(matrix.toarray(), subset_by_index=(0, n - 1), driver="evr")
-        return values, vectors
-    # Lanczos can miss copies of a repeated eigenvalue: move what was found out of the way and look again.
-    values, vectors = np.empty(0), np.empty((rows, 0))
-    while True:
-        more, found = _lanczos(matrix, min(n, rows - 2), vectors)
-        if len(values) >= n and more[0] > values[n - 1] - _EQUAL:
-            return values[:n], vectors[:, :n]
-        found -= vectors @ (vectors.T @ found)
-        found, _ = np.linalg.qr(found)
-        vectors = np.column_stack([vectors, found])
-        small = vectors.T @ (matrix @ vectors)
-        values, turn = np.linalg.eigh((small + small.T) / 2)
-        vectors = vectors @ turn
-
-
-def _lanczos(matrix: csc_array, n: int, known: Array) -> tuple[Array, Array]:
-    """The n smallest eigenpairs on the complement of known eigenvectors."""
-    rows = matrix.shape[0]
-    shift = -1e-2  # the matrix is singular; a little below zero it is not
-    solve = splu(csc_array(matrix - shift * identity(rows))).solve
-
-    def inverse(vector: Array) -> Array:
-        vector = vector.ravel() - known @ (known.T @ vector.ravel())
-        result = solve(vector)
-        return result - known @ (known.T @ result)
-
-    start = np.modf(np.arange(1, rows + 1) * np.sqrt(2.0))[0] - 0.5
-    operator = LinearOperator((rows, rows), matvec=inverse, dtype=np.float64)
-    values, vectors = eigsh(operator, k=n, which="LA", v0=start, tol=1e-14)
-    order = np.argsort(-values)
-    return 1 / values[order] + shift, vectors[:, order]
-
-
-def _prime(index: int) -> float:
-    if index < len(_PRIMES):
-        return float(_PRIMES[index])
-    candidate = _PRIMES[-1]
-    found = len(_PRIMES) - 1
-    while found < index:
-        candidate += 2
-        found += all(candidate % divisor for divisor in range(3, int(candidate**0.5) + 1, 2))
-    return float(candidate)
 
 
 def _signed(column: Array) -> Array:

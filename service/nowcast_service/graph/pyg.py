@@ -51,9 +51,10 @@ def to_pyg(
 
 
 def token_positions(graph: NeuralGraph) -> Tensor:
-    """(n_nodes,) index into the token-position table: 1 … n_tokens for vocabulary rows, 0 for every other node."""
+    """(n_nodes,) index into the token-position table: 1, 2, … for the rows of a vocabulary, 0 for every other node."""
     index = torch.zeros(graph.n_nodes, dtype=torch.long)
-    index[: graph.n_tokens] = torch.arange(1, graph.n_tokens + 1)
+    for first, rows in graph.vocabularies:
+        index[first : first + rows] = torch.arange(1, rows + 1)
     return index
 
 
@@ -117,14 +118,15 @@ def scatter(graph: NeuralGraph, values: Tensor) -> dict[str, Tensor]:
         the graph; parameters the graph does not cover are absent.
     """
     shapes = graph.spec.shapes()
+    numels = {parameter.name: parameter.numel for parameter in graph.spec.parameters}
     trailing = values.shape[2:]
     index: dict[str, list[Tensor]] = {}
     edges: dict[str, list[Tensor]] = {}
     row = 0
     for block in graph.blocks:
-        if not isinstance(block.values, float):
+        if not isinstance(block.values, float) and block.writes:
             view = block.values
-            numel = next(p.numel for p in graph.spec.parameters if p.name == view.parameter)
+            numel = numels[view.parameter]
             where = view.of(torch.arange(numel), block.n_sources, block.n_targets, diagonal=block.diagonal)
             index.setdefault(view.parameter, []).append(where.reshape(-1))
             part = values[row : row + block.n_edges, : view.features]

@@ -171,9 +171,10 @@ def segments(graph: NeuralGraph) -> dict[str, list[Segment]]:
     Tensors outside the graph get the type that their shape suggests: kernels, matrices, everything else.
     """
     found: dict[str, list[Segment]] = {}
-    for block, view in graph.weighted():
-        shape = (block.n_sources, 1 if block.diagonal else block.n_targets, view.features)
-        found.setdefault(view.parameter, []).append((block.edge_type, view, shape))
+    for block in (*graph.blocks, *graph.beside):
+        if isinstance(view := block.values, View) and block.writes:
+            shape = (block.n_sources, 1 if block.diagonal else block.n_targets, view.features)
+            found.setdefault(view.parameter, []).append((block.edge_type, view, shape))
     for parameter in graph.spec.parameters:
         if parameter.name not in found:
             found[parameter.name] = [(type_of_shape(parameter.shape), None, (parameter.numel, 1, 1))]

@@ -7,7 +7,7 @@ import torch
 from nowcast_proto.errors import InvalidSpec, UnsupportedArchitecture
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.graph.blocks import EdgeType
-from nowcast_service.graph.families import FAMILIES
+from nowcast_service.graph.families import families
 from nowcast_service.graph.wiring.build import build_graph
 
 from .specs import gpt2, llama, spec_of
@@ -29,7 +29,7 @@ def with_shapes(
 def test_an_unknown_family_lists_the_known_ones():
     with pytest.raises(UnsupportedArchitecture, match="'mamba' is not known") as caught:
         build_graph(spec_of("mamba", {"a.weight": (2, 2)}))
-    assert caught.value.detail["families"] == sorted(FAMILIES)
+    assert caught.value.detail["families"] == sorted(families())
 
 
 def test_a_wiring_the_family_lacks_is_refused():
@@ -158,7 +158,7 @@ def test_flattened_pixels_become_features_in_faithful_wiring():
     weight = torch.arange(80.0).reshape(5, 16)
     assert torch.equal(block.values.of(weight.reshape(-1), 4, 5), weight.reshape(5, 4, 4).transpose(0, 1))
     wide = spec_of("sequential", {"0.weight": (4, 3, 3, 3), "1.weight": (5, 64)}, wiring="faithful")
-    assert "16 kernel positions" in reasons(wide)["1.weight"]
+    assert "16 kernel positions" in reasons(wide, large="left")["1.weight"]
 
 
 def test_real_qwen3_heads_are_wider_than_hidden_over_heads():

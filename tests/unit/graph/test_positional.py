@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nowcast_service.graph import positional
-from nowcast_service.graph.blocks import Block, EdgeType, NeuralGraph
+from nowcast_proto.errors import TooLarge
+from nowcast_service.graph import positional, spectrum
+from nowcast_service.graph.blocks import Block, EdgeType, NeuralGraph, View
 from nowcast_service.graph.positional import (
     NormalisedLaplacian,
     laplacian_eigenvalues,
@@ -84,7 +85,7 @@ def test_large_quotients_are_solved_without_a_dense_matrix_and_miss_no_copy(monk
     graph = build_graph(llama(layers=3, width=32, heads=16, kv_heads=4, hidden=40))
     expected = np.linalg.eigvalsh(explicit(graph))[:60]
     assert (np.diff(expected) < 1e-9).sum() > 10  # many repeated ones
-    monkeypatch.setattr(positional, "_DENSE_ROWS", 0)
+    monkeypatch.setattr(spectrum, "_DENSE_ROWS", 0)
     assert np.allclose(laplacian_eigenvalues(graph, 60), expected, atol=1e-9)
 
 
@@ -147,3 +148,46 @@ def test_the_cache_key_is_the_layout():
     assert layout_digest(build_graph(gpt2())) == layout_digest(build_graph(gpt2()))
     assert layout_digest(build_graph(gpt2(heads=2))) != layout_digest(build_graph(gpt2(heads=3)))
     assert layout_digest(build_graph(gpt2())) != layout_digest(build_graph(gpt2(wiring="faithful")))
+
+
+def _equal_parts(count: int, arms: int, size: int, *, hub: bool) -> NeuralGraph:
+    """``count`` stars, each with arms to ranges of neurons, apart or joined at one node."""
+    blocks, node = [], int(hub)
+    for number in range(count):
+        blocks += [
+            Block(f"{number}.{arm}", EdgeType.HEAD, node, 1, node + 1 + arm * size, size, 1.0) for arm in range(arms)
+        ]
+        if hub:
+            blocks.append(Block(f"{number}", EdgeType.HEAD, 0, 1, node, 1, 1.0))
+        node += 1 + arms * size
+    return NeuralGraph(spec_of("none", {"a": (1,)}), node, tuple(blocks))
+
+
+@pytest.mark.parametrize(
+    ("arms", "size", "hub"), [(1, 1, False), (3, 1, False), (2, 3, False), (2, 1, True)],
+    ids=["pairs", "stars", "stars of ranges", "stars at a hub"],
+)  # fmt: skip
+def test_an_eigenvalue_repeated_a_thousand_times_gives_the_convention_of_the_whole_eigenspace(arms, size, hub):
+    laplacian = NormalisedLaplacian(_equal_parts(1000, arms, size, hub=hub))
+    vectors = laplacian.eigenvectors(9)
+    values = (vectors * (laplacian @ vectors)).sum(0)
+    assert np.abs(laplacian @ vectors - vectors * values).max() < 1e-8
+    assert np.abs(vectors.T @ vectors - np.eye(9)).max() < 1e-8
+    assert np.array_equal(vectors, NormalisedLaplacian(_equal_parts(1000, arms, size, hub=hub)).eigenvectors(9))
+    # A graph small enough to be solved whole has the same convention; and it is the same with the bound out of the way.
+    small = _equal_parts(250 // (1 + arms), arms, size, hub=hub)
+    whole = NormalisedLaplacian(small).eigenvectors(9)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spectrum, "_DENSE_ROWS", 10)
+        grown = NormalisedLaplacian(small).eigenvectors(9)
+    assert np.abs(whole - grown).max() < 1e-7
+
+
+def test_neurons_cut_into_too_many_kinds_are_refused():
+    shift = Block("shift", EdgeType.RESIDUAL, 0, 10**9, 1, 10**9, 1.0, diagonal=True)
+    with pytest.raises(TooLarge, match="kinds"):
+        positional_encoding(NeuralGraph(spec_of("none", {"a": (1,)}), 10**9 + 1, (shift,)))
+    singles = tuple(Block(str(n), EdgeType.HEAD, n, 1, 10_000, 1, 1.0) for n in range(10_000))
+    everyone = Block("all", EdgeType.LINEAR, 0, 10_000, 0, 10_000, View("a", 0, 10_000, 1))
+    with pytest.raises(TooLarge, match="pairs"):
+        positional_encoding(NeuralGraph(spec_of("none", {"a": (10**8,)}), 10_001, (*singles, everyone)))

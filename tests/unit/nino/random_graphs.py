@@ -65,7 +65,7 @@ def random_graph(seed: int, *, nodes: int = 400, blocks: int = 6, features: int 
     made.append(Block("wide", EdgeType.HEAD, 20, 50, 90, 40, 1.0))  # an auxiliary link large enough for tiles
     made.append(Block("self", EdgeType.SELF_LOOP, 0, nodes, 0, nodes, 2.0, diagonal=True))
     spec = ArchitectureSpec(family="random", parameters=[{"name": n, "shape": s} for n, s in shapes.items()])
-    return NeuralGraph(spec, nodes, tuple(made), n_tokens=tokens)
+    return NeuralGraph(spec, nodes, tuple(made), vocabularies=((0, tokens),) if tokens else ())
 
 
 def random_history(spec: ArchitectureSpec, seed: int = 0, *, length: int = 5) -> History:

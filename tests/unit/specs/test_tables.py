@@ -14,8 +14,8 @@ from nowcast_client.errors import AttachError
 from nowcast_client.network.derive import derive_spec
 from nowcast_proto.errors import InvalidSpec, NowcastError, UnreadableFile
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_proto.table import MAX_ELEMENTS, DeclaredTable
-from nowcast_service.graph.declared import MAX_WORK
+from nowcast_proto.table import MAX_ELEMENTS, DeclaredTable, wired_spec
+from nowcast_proto.table.expand import MAX_WORK
 from nowcast_service.graph.wiring.build import build_graph
 
 from ..command import nowcast
@@ -60,9 +60,13 @@ def _with(document: dict, change: dict, **fields: str) -> dict:
     return changed
 
 
-def test_the_example_wires_every_tensor_and_travels_in_the_spec(model):
+def test_the_example_wires_every_tensor_and_travels_as_the_wiring_itself(model):
     spec = derive_spec(model, table=EXAMPLE)
-    assert (spec.family, spec.num_heads) == ("own", 3)
+    assert spec.graph is not None
+    assert (spec.family, spec.graph.left) == (None, {})
+    fixed = {range_.name for range_ in spec.graph.ranges if range_.fixed and not range_.name.startswith("#")}
+    ordered = {range_.name for range_ in spec.graph.ranges if range_.ordered}
+    assert (fixed, ordered) == ({"tokens", "logits"}, {"q0", "q1"})
     assert ArchitectureSpec.parse(spec.canonical()) == spec
     graph = build_graph(ArchitectureSpec.parse(spec.canonical()))
     assert graph.wiring == "faithful"
@@ -80,12 +84,25 @@ def test_attach_takes_a_table(model):
         attach(model, optimizer, mode="off", table=EXAMPLE.with_name("none.json"))
 
 
-def test_the_digest_includes_the_table(model, document):
+def test_the_digest_includes_the_wiring(model, document):
     spec = derive_spec(model, table=EXAMPLE)
     other = _with(document, {"ordered": False}, label="ask.head")
     changed = derive_spec(model, table=DeclaredTable.model_validate(other))
     assert changed.digest() != spec.digest()
-    assert spec.model_copy(update={"table": None}).digest() != spec.digest()
+
+
+def test_no_pattern_of_a_table_travels_and_what_travels_grows_with_the_network(document):
+    import own_network
+
+    table = DeclaredTable.model_validate(document)
+    sizes = {}
+    for layers in (2, 4, 8):
+        text = derive_spec(own_network.Own(layers=layers), table=table).canonical()
+        assert not set("*{}").intersection("".join(json.loads(text)["graph"]["blocks"][0].get("parameter", "")))
+        assert "stack" not in text
+        assert "{i" not in text
+        sizes[layers] = len(text)
+    assert sizes[8] - sizes[4] <= 2.1 * (sizes[4] - sizes[2])
 
 
 def test_spec_check_passes_the_example(capfd, model):
@@ -176,21 +193,15 @@ def test_the_caps_hold_inside_stacks():
         DeclaredTable.parse(json.dumps({"family": "x", "elements": [deep]}))
 
 
-def test_a_table_must_bear_the_name_of_the_family(model):
-    spec = derive_spec(model, table=EXAMPLE)
-    with pytest.raises(InvalidSpec, match="family 'gpt2' comes with a table of 'own'"):
-        ArchitectureSpec.parse(json.dumps({**json.loads(spec.canonical()), "family": "gpt2"}))
-
-
 def test_unreadable_tables_are_told(model, tmp_path):
     with pytest.raises(UnreadableFile, match="cannot be read"):
         derive_spec(model, table=tmp_path / "none.json")
 
 
-def _spec(elements: list[dict], **shapes: tuple[int, ...]) -> ArchitectureSpec:
+def _wired(elements: list[dict], **shapes: tuple[int, ...]) -> ArchitectureSpec:
     parameters = [{"name": name.replace("__", "."), "shape": shape} for name, shape in shapes.items()]
-    table = {"family": "own", "elements": elements}
-    return ArchitectureSpec(family="own", parameters=parameters, table=table, num_heads=2)
+    spec = ArchitectureSpec(family="own", parameters=parameters, num_heads=2)
+    return wired_spec(spec, DeclaredTable.model_validate({"family": "own", "elements": elements}))
 
 
 @pytest.mark.parametrize(
@@ -209,18 +220,41 @@ def _spec(elements: list[dict], **shapes: tuple[int, ...]) -> ArchitectureSpec:
 )  # fmt: skip
 def test_tables_that_contradict_the_network_are_refused(elements, said):
     with pytest.raises(NowcastError, match=said):
-        build_graph(_spec(elements, a__weight=(4, 4)))
+        _wired(elements, a__weight=(4, 4))
 
 
-def test_a_table_may_not_make_a_small_spec_expensive():
-    many = {f"a{number}": (1,) for number in range(MAX_WORK // 500 + 1)}
-    with pytest.raises(InvalidSpec, match="500 elements for"):
-        build_graph(_spec([NEURONS] * 500, **many))
+@pytest.mark.parametrize("field", [{"source": "x:last"}, {"target": "y:next"}, {"transposed": True}])
+def test_what_published_families_alone_may_do_is_no_part_of_a_table(field):
+    with pytest.raises(InvalidSpec, match="published families alone"):
+        DeclaredTable.parse(json.dumps({"family": "own", "elements": [NEURONS, {**WEIGHT, **field}]}))
 
 
-def test_mutilated_tables_end_in_a_graph_or_a_typed_error(document, model):
-    """Whatever a client sends in place of the example, the service answers for it."""
-    plain = json.loads(derive_spec(model, table=EXAMPLE).canonical())
+def test_tensors_no_element_speaks_of_fix_the_neurons_they_may_touch():
+    graph = _wired([NEURONS, WEIGHT], a__weight=(4, 4), mystery=(4,)).graph
+    assert graph.left == {"mystery": "no rule of table 'own' for this name"}
+    assert all(range_.fixed for range_ in graph.ranges)
+    scalar = _wired([NEURONS, {"kind": "neurons", "ranges": ["z"]}, WEIGHT, {**WEIGHT, "tensor": "b.weight",
+                     "source": "y", "target": "z"}], a__weight=(4, 4), b__weight=(3, 4), mystery=()).graph  # fmt: skip
+    assert scalar.left == {"mystery": "a scalar belongs to no neuron"}
+    assert [(range_.name, range_.fixed) for range_ in scalar.ranges] == [("x", True), ("y", False), ("z", True)]
+
+
+def test_a_table_may_not_make_a_small_network_expensive():
+    shapes = {f"a.{number}.w": (1,) for number in range(300)}
+    inner = {"kind": "stack", "find": "b.*.", "elements": [NEURONS], "required": False}
+    outer = {"kind": "stack", "find": "a.*.", "elements": [inner] * 255}
+    assert len(shapes) * len(shapes) * len(outer["elements"]) > MAX_WORK
+    with pytest.raises(InvalidSpec, match="too large for 300 parameters"):
+        _wired([outer], **shapes)
+
+
+def test_mutilated_tables_end_in_a_wiring_or_a_typed_error(document, model):
+    """Whatever a table says, the client answers for it, and the service takes what comes of it."""
+    spec = ArchitectureSpec(
+        family="own",
+        num_heads=3,
+        parameters=[{"name": name, "shape": list(tensor.shape)} for name, tensor in model.named_parameters()],
+    )
     random.seed(0)
     outcomes = set()
     for _ in range(150):
@@ -238,7 +272,7 @@ def test_mutilated_tables_end_in_a_graph_or_a_typed_error(document, model):
             else:
                 element[field] = random.choice(["q{i}", "x{i-1}", "{z}", "st", 7, "K", "up.weight", True])
         try:
-            build_graph(ArchitectureSpec.parse(json.dumps({**plain, "table": changed})))
+            build_graph(wired_spec(spec, DeclaredTable.parse(json.dumps(changed))))
             outcomes.add("graph")
         except NowcastError as error:
             outcomes.add(type(error).__name__)

@@ -297,9 +297,12 @@ class _Run:
                     part = torch.addmm(bias, part, weight)
                 x[a:b] = part
         if self.weights.tokens is not None:
-            tokens = self.graph.n_tokens
-            x[:tokens] += self.weights.tokens[1 : tokens + 1]
-            x[tokens:] += self.weights.tokens[0]
+            table, end = self.weights.tokens, 0
+            for first, rows in self.graph.vocabularies:
+                x[end:first] += table[0]
+                end = first + rows
+                x[first:end] += table[1 : rows + 1]
+            x[end:] += table[0]
         return x
 
     def _convolve(self, number: int, conv: Convolution, x: Tensor) -> Tensor:

@@ -195,10 +195,10 @@ class Writer:
     def open(self, block: Block) -> Access | None:
         """Access to a block in the results; None for an auxiliary link and where the parameter has no variance.
 
-        Such a parameter stays exactly where it is.
+        Such a parameter stays exactly where it is. None as well where the tensor is predicted at another of its uses.
         """
         view = block.values
-        if not isinstance(view, View) or self._scales[view.parameter].constant:
+        if not isinstance(view, View) or not block.writes or self._scales[view.parameter].constant:
             return None
         return access(block, view, [result[view.parameter].view(-1) for result in self._results])
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
+from nowcast_proto.table.elements import Element, Neurons, Vector, Weight
+from nowcast_proto.wiring import WeightKind
 
-from nowcast_service.graph.blocks import EdgeType
-from nowcast_service.graph.table import Element, Expansion, Neurons, Vector, Weight
+from nowcast_service.graph.families.family import Expansion, Family
 
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|emb|wte|wpe)([._]|$)")
 
 
-def published(spec: ArchitectureSpec) -> Expansion:
+def _published(spec: ArchitectureSpec) -> Expansion:
     """The chain as the published weights know it: whole kernels only."""
     return _chain(spec, grouped=False)
 
 
-def faithful(spec: ArchitectureSpec) -> Expansion:
+def _faithful(spec: ArchitectureSpec) -> Expansion:
     """The chain with grouped and depthwise convolutions and flattened pixels as exact blocks."""
     return _chain(spec, grouped=True)
 
@@ -41,7 +42,7 @@ def _chain(spec: ArchitectureSpec, *, grouped: bool) -> Expansion:
             if width is None:
                 elements.append(Neurons((f"layer{layer}",)))
                 width = shape[0]
-            kind = EdgeType.NORM if parameter.name.endswith("weight") else EdgeType.OTHER
+            kind: WeightKind = "norm" if parameter.name.endswith("weight") else "other"
             elements.append(Vector(parameter.name, kind, f"layer{layer}"))
             continue
         if len(shape) == 2 and _EMBEDDING.search(parameter.name):
@@ -61,7 +62,7 @@ def _chain(spec: ArchitectureSpec, *, grouped: bool) -> Expansion:
             or (len(shape) > 2 and width % sources == 0 and targets % (width // sources) == 0)
         )
         if fits or (grouped and regular):
-            kind = EdgeType.LINEAR if len(shape) == 2 else EdgeType.CONV
+            kind = "linear" if len(shape) == 2 else "conv"
             elements.append(
                 Weight(
                     parameter.name,
@@ -89,3 +90,6 @@ def _vector_problem(parameter: ParameterSpec, width: int | None) -> str:
     if width is not None and parameter.shape[0] != width:
         return f"has {parameter.shape[0]} elements where the layer before has {width} neurons"
     return ""
+
+
+FAMILIES = (Family("sequential", {"published": _published, "faithful": _faithful}, heads=False),)

@@ -1,0 +1,30 @@
+"""Kernels with more positions than a checkpoint takes per edge.
+
+Such a kernel becomes several edges between the same two neurons, each with a run of its positions in row-major order,
+all runs about equally long. The checkpoint was never trained on parallel edges, so this is an approximation of what it
+knows; it is the default because networks gain by it (see the documentation of neural graphs, and
+``tests/bench/large_kernels.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nowcast_service.graph.blocks import Block, View
+
+
+def split_kernel(block: Block, most: int) -> Iterator[Block]:
+    """Parts of a block with at most so many kernel positions each; the block itself where it has no more."""
+    view = block.values
+    if not isinstance(view, View) or view.features <= most:
+        yield block
+        return
+    parts = math.ceil(view.features / most)
+    first = 0
+    for number in range(parts):
+        end = view.features * (number + 1) // parts
+        part = replace(view, offset=view.offset + first * view.feature_stride, features=end - first)
+        yield replace(block, name=f"{block.name}[{first}:{end}]", values=part)
+        first = end
