@@ -28,6 +28,8 @@ Variable = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
 Layers = Annotated[str, Field(pattern=r"^[^{}|*]*(\*[^{}|*]+){1,4}$", max_length=256)]
 Count = Literal["H", "K"] | Annotated[int, Field(ge=1, le=MAX_COUNT)]
 """A count: ``H`` query heads, ``K`` key and value heads, or a number."""
+Stored = Literal["ts", "st"]
+"""Order of a tensor's first two axes, target and source."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -103,7 +105,7 @@ class Weight:
     type: WeightKind
     source: End
     target: End
-    stored: Literal["ts", "st"] = "ts"
+    stored: Stored = "ts"
     label: Text | None = None
     cut: Cut | None = None
     required: bool = True

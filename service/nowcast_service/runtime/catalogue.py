@@ -124,9 +124,9 @@ class Catalogue:
 
     def families(self) -> tuple[str, ...]:
         """Families of architectures a graph can be built for."""
-        from nowcast_service.graph.families import FAMILIES
+        from nowcast_service.graph.families import families
 
-        return tuple(sorted({*FAMILIES, "sequential"}))
+        return tuple(sorted(families()))
 
     def predictor(self, key: Key) -> Predictor:
         """The predictor of a key, made on first use.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nowcast_proto.table.elements import (
+    Count,
     Cut,
     Diagonal,
     Element,
@@ -128,7 +129,7 @@ _SEPARATE = attention("self_attn.", "q_proj", "k_proj", "v_proj", "o_proj", rota
 
 def _shared_fused(weight: str, label: str, out: str) -> tuple[Element, ...]:
     """Faithful attention with query, key and value fused as H : K : K heads, one after another."""
-    ratio = ("H", "K", "K")
+    ratio: tuple[Count, ...] = ("H", "K", "K")
     return (
         Same("k{i}", "q{i}", when="mha"),
         Same("z{i}", "v{i}", when="mha"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nowcast_proto.table.elements import Cut, Element, Heads, Neurons, Residual, Same, Spread, Vector, Weight
+from typing import Literal
+
+from nowcast_proto.table.elements import Cut, Element, Heads, Neurons, Residual, Same, Spread, Stored, Vector, Weight
 from nowcast_proto.wiring import WeightKind
 
 LINEAR: WeightKind = "linear"
@@ -27,11 +29,10 @@ def embedding(name: str, kind: WeightKind, rows: str, *, label: str | None = Non
     return Weight(name, kind, rows, "x0", "st", label, required=required, transposed=transposed)
 
 
-def linear(name: str, source: str, target: str, *, stored: str = "ts", required: bool = True) -> tuple[Element, ...]:
+def linear(name: str, source: str, target: str, *, stored: Stored = "ts", required: bool = True) -> tuple[Element, ...]:
     """Weight and bias of a dense layer; the bias may be absent."""
-    order = "st" if stored == "st" else "ts"
     return (
-        Weight(f"{name}.weight", LINEAR, source, target, stored=order, required=required),
+        Weight(f"{name}.weight", LINEAR, source, target, stored=stored, required=required),
         Vector(f"{name}.bias", OTHER, target),
     )
 
@@ -44,8 +45,9 @@ def fused_attention(
     Key weights run from head space to the input. The published key bias does the same and so lands on the stream;
     faithful wiring leaves it on the neurons it belongs to.
     """
-    axis = 1 if transposed else 0
-    forward, backward = ("st", "ts") if transposed else ("ts", "st")
+    axis: Literal[0, 1] = 1 if transposed else 0
+    forward: Stored = "st" if transposed else "ts"
+    backward: Stored = "ts" if transposed else "st"
     key_bias: Element
     if published:
         key_bias = Vector(bias, OTHER, "x{i}", label=f"{label}k.bias", cut=Cut(0, 1))
