@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+
+
+def _end(number: int, _: object) -> None:
+    os._exit(0)
 
 
 def main() -> None:
     """Run the command line; where only the thin client is installed, say what is missing."""
+    if "serve" in sys.argv[1:]:
+        # As process 1 of a container it would not be ended by signals it does not handle, and the imports below take
+        # seconds. The server takes over when it is there; until then there is nothing to finish.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
     try:
         from nowcast_service.cli import main as run
     except ModuleNotFoundError as missing:

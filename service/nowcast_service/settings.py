@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from nowcast_proto.errors import InvalidRequest
 from nowcast_proto.tensors import Limits
-from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from nowcast_service.runtime.container import memory_limit
 
 DEFAULT_PORT = 8500
 _GIB = 2**30
+_OWN = 2**29
+"""What the process takes for itself, libraries and predictor, before it holds anything for anybody."""
+
+Size = Annotated[ByteSize, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+OTHERS = frozenset(
+    "NOWCAST_" + name
+    for name in (
+        # read by the command line, the client and the example job
+        *("CACHE", "ENGINE_STATE", "MODE", "URL", "WEIGHTS_URL"),
+        # by docker-compose.yml
+        *("BASE_IMAGE", "BUILD_IMAGE", "BUILD_NETWORK", "IMAGE", "PUBLISH_PORT", "TORCH_ARGS", "TRAIN_STEPS"),
+        *("MEMORY", "CPUS", "ENV_FILE", "KEYS_FILE"),
+        # by the tests
+        *("CHROMIUM", "COMPOSE", "HELM", "OFFICIAL_IMAGE", "REQUIRE", "SHARED"),
+    )
+)
+"""Variables of this prefix that are no settings of the service."""
+_SERVICE_LINK = re.compile(
+    r"NOWCAST(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)?)"
+)
+"""What Kubernetes sets in every pod beside a Service whose name begins with ``nowcast``."""
+
+
+def default_budget() -> ByteSize:
+    """8 GiB, or three quarters of what the machine or container has beyond the process's own needs, if that is less."""
+    limit = memory_limit()
+    return ByteSize(8 * _GIB if limit is None else min(8 * _GIB, max(2**26, (limit - _OWN) * 3 // 4)))
 
 
 class Settings(BaseSettings):
@@ -63,21 +99,24 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="Device to predict on: `auto`, `cpu`, `cuda` or `cuda:0`.")
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
-        default=0, description="CPU threads of one prediction; 0 leaves PyTorch's own choice."
+        default=0,
+        description="CPU threads of one prediction; 0 takes as many as the machine or container has processors.",
     )
 
     # How much it holds
-    budget: ByteSize = Field(
-        default=ByteSize(8 * _GIB), description="Bytes all histories, uploads and answers may take together."
+    budget: Size = Field(
+        default_factory=default_budget,
+        description="Bytes all histories, uploads and answers may take together; 8 GiB, or three quarters of what the "
+        "machine or container has beyond 512 MiB, where that is less.",
     )
-    tenant_budget: ByteSize = Field(default=ByteSize(8 * _GIB), description="The same for the sessions of one key.")
-    session_budget: ByteSize = Field(default=ByteSize(8 * _GIB), description="The same for one session.")
+    tenant_budget: Size = Field(default=ByteSize(8 * _GIB), description="The same for the sessions of one key.")
+    session_budget: Size = Field(default=ByteSize(8 * _GIB), description="The same for one session.")
     max_sessions: Annotated[int, Field(ge=1)] = Field(default=256, description="Sessions held at once.")
     max_sessions_per_key: Annotated[int, Field(ge=1)] = Field(default=128, description="Sessions one key may hold.")
-    session_expiry: Annotated[float, Field(gt=0)] = Field(
+    session_expiry: Positive = Field(
         default=3600.0, description="Seconds of idleness after which a session is dropped."
     )
-    evict_after: Annotated[float, Field(ge=0)] = Field(
+    evict_after: NotNegative = Field(
         default=60.0, description="Seconds of idleness after which a session may be dropped to make room for another."
     )
     results_per_session: Annotated[int, Field(ge=1, le=16)] = Field(
@@ -95,12 +134,12 @@ class Settings(BaseSettings):
     )
 
     # How much it does of what a spec asks for
-    spec_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+    spec_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = Field(
         default=2.5,
         description="Seconds of processor time for the neural graph of one spec, plus one per 10^9 weights; it is "
         "computed in a process of its own.",
     )
-    spec_memory: ByteSize = Field(
+    spec_memory: Size = Field(
         default=ByteSize(256 * 2**20), description="Bytes that may take, plus one per 16 weights."
     )
 
@@ -116,36 +155,34 @@ class Settings(BaseSettings):
         default=512,
         description="Connections at once; where one more comes, the oldest that serves nobody has to go.",
     )
-    default_deadline: Annotated[float, Field(gt=0)] = Field(
+    default_deadline: Positive = Field(
         default=600.0, description="Seconds a nowcast may take, waiting included, when the request says nothing."
     )
-    max_wait: Annotated[float, Field(ge=0)] = Field(
+    max_wait: NotNegative = Field(
         default=60.0, description="Most seconds one `?wait=` is honoured; the client asks again."
     )
-    upload_idle: Annotated[float, Field(gt=0)] = Field(
+    upload_idle: Positive = Field(
         default=30.0,
         description="Seconds without progress after which an upload is given up (it can be resumed), and the bound on "
         "all else a client may keep waiting for: a head, the rest of a refused body, the reading of an answer.",
     )
-    shutdown_grace: Annotated[float, Field(gt=0)] = Field(
+    shutdown_grace: Positive = Field(
         default=30.0, description="Seconds after SIGTERM within which the service has finished and is gone."
     )
 
     # What it believes of a peer
-    max_header: ByteSize = Field(default=ByteSize(8 * 2**20), description="Cap on a stream's header.")
-    max_json: ByteSize = Field(default=ByteSize(8 * 2**20), description="Cap on a JSON body.")
+    max_header: Size = Field(default=ByteSize(8 * 2**20), description="Cap on a stream's header.")
+    max_json: Size = Field(default=ByteSize(8 * 2**20), description="Cap on a JSON body.")
     max_tensors: Annotated[int, Field(ge=1)] = Field(default=100_000, description="Cap on tensors in one stream.")
     max_snapshots: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=64, description="Cap on snapshots in one stream."
     )
-    max_tensor: ByteSize = Field(default=ByteSize(32 * _GIB), description="Cap on one tensor.")
-    max_body: ByteSize = Field(default=ByteSize(256 * _GIB), description="Cap on one whole stream.")
+    max_tensor: Size = Field(default=ByteSize(32 * _GIB), description="Cap on one tensor.")
+    max_body: Size = Field(default=ByteSize(256 * _GIB), description="Cap on one whole stream.")
 
     # How it is watched
-    ready_timeout: Annotated[float, Field(gt=0)] = Field(
-        default=5.0, description="Seconds the forward pass behind `/readyz` may take."
-    )
-    stall_after: Annotated[float, Field(gt=0)] = Field(
+    ready_timeout: Positive = Field(default=5.0, description="Seconds the forward pass behind `/readyz` may take.")
+    stall_after: Positive = Field(
         default=300.0, description="Seconds one nowcast may run before `/readyz` calls the queue stuck."
     )
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or for machines.")
@@ -173,6 +210,35 @@ class Settings(BaseSettings):
                 "NOWCAST_API_KEYS_FILE, bind 127.0.0.1, or set NOWCAST_ALLOW_ANONYMOUS=1 if that is what you want"
             )
         return self
+
+    @model_validator(mode="after")
+    def _known(self) -> Settings:
+        known = {f"NOWCAST_{name.upper()}" for name in type(self).model_fields}
+        for name in sorted(os.environ):
+            upper = name.upper()
+            if not upper.startswith("NOWCAST_") or upper in known | OTHERS or _SERVICE_LINK.fullmatch(upper):
+                continue
+            near = difflib.get_close_matches(upper, known, 1, 0.0)
+            raise ValueError(f"{name} is not a setting; the nearest one is {near[0]}")
+        return self
+
+    @classmethod
+    def read(cls, **given: Any) -> Settings:
+        """The environment's settings, and those given, which win.
+
+        Raises:
+            InvalidRequest: One of them cannot be, which is named.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_context=False)[0]
+            said = first["msg"].removeprefix("Value error, ")
+            name = "_".join(str(part) for part in first["loc"]).upper()
+            shown = "" if "KEY" in name else f"={str(first['input'])[:60]!r}"
+            raise InvalidRequest(
+                f"NOWCAST_{name}{shown}: {said}" if name else said, remedy="see docs/operations.md"
+            ) from exc
 
     @property
     def has_keys(self) -> bool:

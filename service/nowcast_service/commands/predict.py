@@ -90,8 +90,10 @@ def predict(
     set_up_logging(verbose)
     timings: dict[str, float] = {}
     with _phase(timings, "start"):
+        from nowcast_service.runtime.container import device_named
+
         budget = parse_bytes(memory_budget) if memory_budget else None
-        _check_device(device)
+        device = device_named(device, "device")
         check_writable(out)
         architecture = ArchitectureSpec.read(spec)
     with progress_bar("predicting") as progress:
@@ -145,22 +147,6 @@ def _predictor(name: str | None, checkpoint: str | None, edgewise: str | None, *
 
     network = None if name in BASELINES else load(checkpoint)
     return make_predictor(name, network, edgewise=load(edgewise), **options)
-
-
-def _check_device(device: str) -> None:
-    from nowcast_proto.errors import InvalidRequest
-
-    if device == "cpu":
-        return
-    import torch
-
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise InvalidRequest(f"device {device!r} is not known", expected="cpu, cuda or cuda:N")
-    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(
-            f"device {device!r} is not there", expected="cpu, or a CUDA device", remedy="leave --device away"
-        )
 
 
 def _report(timings: dict[str, float], predictor: Any, graphs: Any, spec: Any) -> None:

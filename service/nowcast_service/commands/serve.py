@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from nowcast_proto.errors import InvalidRequest
-from pydantic import ValidationError
 
 
 def register(root: typer.Typer) -> None:
@@ -53,16 +51,11 @@ def run(given: dict[str, Any]) -> None:
     Raises:
         NowcastError: A setting is wrong, or the address cannot be bound.
     """
+    from nowcast_service.runtime.container import device_named
     from nowcast_service.settings import Settings
 
-    try:
-        settings = Settings(**given)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(
-            f"setting {name}: {first['msg']}" if name else first["msg"], remedy="see docs/operations.md"
-        ) from exc
+    settings = Settings.read(**given)
+    device_named(settings.device, "NOWCAST_DEVICE")  # said before everything else is imported
     from nowcast_service.http.process import serve_until_told
 
     serve_until_told(settings)

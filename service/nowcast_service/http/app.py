@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 from nowcast_proto.errors import InternalError, NowcastError, Unavailable
 from nowcast_proto.messages import (
     NowcastJob,
@@ -27,10 +31,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nowcast_service.http.errors import error_response, install
+from nowcast_service.http.reference import reference
 from nowcast_service.http.routes import router
 from nowcast_service.http.watching import PAGE
 from nowcast_service.http.watching import router as watching
 from nowcast_service.observe.logs import FIELDS
+from nowcast_service.runtime.container import processors
 from nowcast_service.runtime.service import Service, version
 from nowcast_service.settings import Settings
 
@@ -39,6 +45,10 @@ log = logging.getLogger(__name__)
 OPEN_ROUTES = frozenset({ROUTE_HEALTH, ROUTE_READY, *PAGE})
 """Routes that need no key: probes, and the files of the page, which ask for one."""
 _DOCUMENTED = (SessionCreate, NowcastJob, Verdict, Report, NowcastRequest, NowcastReplyHeader, SnapshotHeader)
+
+
+_WORD = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 
 
 class Gate:
@@ -61,16 +71,25 @@ class Gate:
             return
         began = time.monotonic()
         status = 0
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        scope["nowcast_said"] = {"request": request_id, **_trace(headers.get(b"traceparent"))}
+        # HEAD is GET without a body, on every route.
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id.encode())]}
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             if scope["path"] not in OPEN_ROUTES:
-                headers = dict(scope["headers"])
                 value = headers.get(b"authorization")
                 scope["nowcast_tenant"] = self._service.keys.tenant(value.decode("latin-1") if value else None)
             await self._app(scope, receive, watched)
@@ -93,27 +112,40 @@ class Gate:
             error = InternalError("the request failed inside the service", remedy="see its log")
             await error_response(error)(scope, receive, watched)
         finally:
-            self._note(scope, status, time.monotonic() - began)
+            self._note(scope, method, status, time.monotonic() - began)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         metrics = self._service.metrics
         route = getattr(scope.get("route"), "path", "other")
-        method = scope["method"] if scope["method"] in ("GET", "PUT", "POST", "DELETE") else "other"
-        metrics.requests.labels(route, method, str(status)).inc()
+        known = method if method in ("GET", "HEAD", "PUT", "POST", "DELETE") else "other"
+        metrics.requests.labels(route, known, str(status)).inc()
         code = scope.get("nowcast_error")
         if code is not None:
             metrics.failures.labels(code).inc()
         fields: dict[str, Any] = {
-            "method": scope["method"],
+            "method": method,
             "route": route,
             "status": status,
             "seconds": round(seconds, 4),
             "tenant": scope.get("nowcast_tenant", "-"),
+            **scope["nowcast_said"],
             **({"error": code} if code else {}),
             **scope.get("path_params", {}),
         }
         quiet = route in OPEN_ROUTES and status == 200
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={FIELDS: fields})
+
+
+def _request_id(said: bytes | None) -> str:
+    """The id a proxy or client gave the request, where it is one word of sensible length; else a new one."""
+    word = (said or b"").decode("latin-1")
+    return word if _WORD.fullmatch(word) else uuid.uuid4().hex
+
+
+def _trace(said: bytes | None) -> dict[str, str]:
+    """Trace and parent of a W3C ``traceparent``."""
+    found = _TRACEPARENT.fullmatch((said or b"").decode("latin-1"))
+    return {"trace": found[1], "parent": found[2]} if found else {}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -128,12 +160,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises:
         NowcastError: Keys, checkpoint or predictor of the settings cannot be used.
     """
-    service = Service(settings or Settings())
+    service = Service(settings or Settings.read())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if service.settings.threads:
-            torch.set_num_threads(service.settings.threads)
+        torch.set_num_threads(service.settings.threads or processors())
         service.start()
         housekeeping = asyncio.create_task(service.keep_house())
         yield
@@ -147,16 +178,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Tensors travel as `application/vnd.nowcast.v1` streams (see docs/protocol.md), all else as JSON.",
         version=version(),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
     )
     app.state.service = service
     app.include_router(router)
     app.include_router(watching)
+    app.add_api_route("/docs", partial(_docs, app), include_in_schema=False)
     install(app)
     app.add_middleware(Gate, service=service)
     _document(app, service)
     return app
+
+
+async def _docs(app: FastAPI) -> HTMLResponse:
+    return HTMLResponse(reference(app.openapi()))
 
 
 def _document(app: FastAPI, service: Service) -> None:

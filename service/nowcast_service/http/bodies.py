@@ -184,7 +184,7 @@ class StreamReply(Response):
             left = self._encoder.content_length
             for chunk in self._encoder.chunks():
                 left -= len(chunk)
-                await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})
+                await send({"type": "http.response.body", "body": bytes(chunk), "more_body": left > 0})
                 self._count(len(chunk))
                 await asyncio.sleep(0)
                 if gone.done() and left > 0:

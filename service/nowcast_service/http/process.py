@@ -22,11 +22,13 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from nowcast_proto.errors import InvalidRequest
+from pydantic import ByteSize
 
 from nowcast_service.files.replacing import replacing
 from nowcast_service.http.app import create_app
 from nowcast_service.http.connection import Connection, Door
 from nowcast_service.observe import logs
+from nowcast_service.runtime.container import memory_limit, processors
 from nowcast_service.runtime.service import Service
 from nowcast_service.settings import Settings
 
@@ -121,6 +123,7 @@ def serve_until_told(settings: Settings) -> None:
         NowcastError: A setting cannot be used, or the address cannot be bound.
     """
     logs.configure(style=settings.log_format, level=settings.log_level)
+    _compare(settings)
     app = create_app(settings)
     listener = _bind(settings)
     if settings.parent_fd is not None:
@@ -137,6 +140,19 @@ def serve_until_told(settings: Settings) -> None:
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _compare(settings: Settings) -> None:
+    """Warn where a setting is more than there is."""
+    limit, count = memory_limit(), processors()
+    if limit is not None and settings.budget > limit:
+        log.warning(
+            "NOWCAST_BUDGET=%s is more than the %s this machine or container has: it will be killed before it refuses",
+            settings.budget.human_readable(),
+            ByteSize(limit).human_readable(),
+        )
+    if settings.threads > count:
+        log.warning("NOWCAST_THREADS=%d is more than the %d processors there are", settings.threads, count)
 
 
 def _most_connections(settings: Settings) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest, NotFound
 from nowcast_proto.messages import ModelInfo, PredictionFields
 
 from nowcast_service.predictors import BASELINES, NAMES, make_predictor, predictor_for
 from nowcast_service.predictors.base import Predictor
 from nowcast_service.predictors.graphs import Source
+from nowcast_service.runtime.container import device_named
 from nowcast_service.settings import Settings
 from nowcast_service.weights.registry import (
     DEFAULT,
@@ -76,9 +76,7 @@ class Catalogue:
                 path = Path(settings.checkpoint)
                 default = checkpoint_name(path)
                 files[default] = path
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_named(settings.device, "NOWCAST_DEVICE")
         catalogue = cls(device, files, default, settings.predictor, settings.threads or None, graphs)
         catalogue.predictor(catalogue.resolve_default())
         return catalogue

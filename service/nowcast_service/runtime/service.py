@@ -230,7 +230,7 @@ class Service:
         Raises:
             Busy: As many specs of this tenant as may wait are waiting.
         """
-        label = key[0] or "nino"
+        label = self.catalogue.predictor(key).name
 
         # The job comes as an argument: a closure over it would be a cycle, and hold its tensors until it is collected.
         def count(job: Job[Prediction]) -> None:

@@ -14,6 +14,7 @@ from nowcast_service.http.app import create_app
 from nowcast_service.observe.metrics import Metrics
 from nowcast_service.settings import Settings
 from pydantic import ByteSize
+from pydantic_core import PydanticUndefined
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()
@@ -22,7 +23,7 @@ PROTOCOL = (DOCS / "protocol.md").read_text()
 
 def shown(value: object) -> str:
     """A default as the table spells it."""
-    if value is None or value == ():
+    if value is None or value == () or value is PydanticUndefined:  # made when it is read
         return ""
     if isinstance(value, ByteSize):
         return f"`{value.human_readable().replace('.0', '')}`"

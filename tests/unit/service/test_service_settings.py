@@ -7,11 +7,11 @@ import json
 import logging
 
 import pytest
-from nowcast_proto.errors import Unauthorized, UnreadableFile
+from nowcast_proto.errors import InvalidRequest, Unauthorized, UnreadableFile
 from nowcast_service.observe.logs import FIELDS, JsonFormatter, TextFormatter
 from nowcast_service.runtime.keys import ANONYMOUS, KeyRing, hash_key, new_key
 from nowcast_service.settings import Settings, is_loopback
-from pydantic import ValidationError
+from pydantic import ByteSize, ValidationError
 
 
 def test_environment_and_units(monkeypatch: pytest.MonkeyPatch):
@@ -46,6 +46,51 @@ def test_contradictions_are_refused():
         Settings(api_key="short")
     with pytest.raises(ValidationError):
         Settings(port=70000)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("NOWCAST_BUDGTE", "1GiB", "NOWCAST_BUDGTE is not a setting; the nearest one is NOWCAST_BUDGET"),
+        ("NOWCAST_MAX_SESSION", "1", "the nearest one is NOWCAST_MAX_SESSIONS"),
+        ("NOWCAST_SESSION_EXPIRY", "inf", "NOWCAST_SESSION_EXPIRY='inf'"),
+        ("NOWCAST_UPLOAD_IDLE", "nan", "NOWCAST_UPLOAD_IDLE='nan'"),
+        ("NOWCAST_SHUTDOWN_GRACE", "-1", "NOWCAST_SHUTDOWN_GRACE='-1'"),
+        ("NOWCAST_MAX_QUEUE", "0", "NOWCAST_MAX_QUEUE='0'"),
+        ("NOWCAST_BUDGET", "0", "NOWCAST_BUDGET='0'"),
+        ("NOWCAST_MAX_JSON", "much", "NOWCAST_MAX_JSON='much'"),
+        ("NOWCAST_THREADS", "100000", "NOWCAST_THREADS='100000'"),
+        ("NOWCAST_LOG_LEVEL", "loud", "NOWCAST_LOG_LEVEL='loud'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidRequest) as caught:
+        Settings.read()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NOWCAST_API_KEY", "short")
+    with pytest.raises(InvalidRequest, match="NOWCAST_API_KEY: a key needs") as caught:
+        Settings.read()
+    assert "short" not in str(caught.value)
+
+
+def test_every_number_has_an_end():
+    """No setting takes infinity, NaN or a negative size or time."""
+    for name, field in Settings.model_fields.items():
+        if field.annotation in (float, int, ByteSize):
+            for value in ("inf", "nan", "-1"):
+                with pytest.raises(ValidationError):
+                    Settings(**{name: value})
+
+
+def test_what_kubernetes_sets_beside_a_service_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    for name in ("NOWCAST_API_SERVICE_HOST", "NOWCAST_API_PORT", "NOWCAST_API_PORT_8500_TCP_ADDR"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8500")
+    assert Settings.read().port == 8500
 
 
 def test_keys_of_all_sources(tmp_path):
