@@ -12,7 +12,7 @@ The tree continues `nowcast_proto.errors`::
     ├── PatchRefused           a nowcast that failed the checks made before the first weight is written
     └── HistoryLost            snapshots neither side holds any more
 
-No httpx exception leaves `nowcast_client.wire.transport`; each becomes one of these, with the original as its cause.
+No httpx exception leaves `nowcast_client.wire.http`; each becomes one of these, with the original as its cause.
 """
 
 from __future__ import annotations

@@ -52,8 +52,10 @@ from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, fingerprint, inne
 from nowcast_client.tensors.patch import Backup, Patch, apply
 from nowcast_client.tensors.snapshot import Ring, Slot
 from nowcast_client.tensors.watch import Watch
+from nowcast_client.wire.address import given_url
+from nowcast_client.wire.http import HttpTransport
 from nowcast_client.wire.session import Session, mint
-from nowcast_client.wire.transport import HttpTransport, Retry, Transport
+from nowcast_client.wire.transport import Retry, Transport
 from nowcast_client.wire.uploader import Arrived, Failed, Uploaded, Uploader, Window
 
 if TYPE_CHECKING:
@@ -64,7 +66,6 @@ log = logging.getLogger("nowcast")
 Mode = Literal["on", "shadow", "off"]
 Stale = Literal["delta", "overwrite", "reject"]
 Acts = Literal["after_step", "when_told"]
-DEFAULT_URL = "http://127.0.0.1:8500"
 STATE_VERSION = 1
 HOPELESS = (InvalidSpec, UnsupportedArchitecture, UnsupportedVersion, TooLarge, InvalidCheckpoint)
 """Answers that trying again in the next period will not change."""
@@ -1104,8 +1105,7 @@ def attach(
         followed = Copies(model, copies, optimizers, layout)
         way = transport
         if way is None and chosen != "off" and (ranks is None or ranks.speaks):
-            address = url or os.environ.get("NOWCAST_URL") or DEFAULT_URL
-            way = open_transport(address, api_key or os.environ.get("NOWCAST_API_KEY"))
+            way = open_transport(url, api_key)
         job = NowcastJob(
             nowcast="unset",
             steps=(0,),
@@ -1147,13 +1147,13 @@ def attach(
     return build() if ranks is None else ranks.together(build)
 
 
-def open_transport(url: str, api_key: str | None) -> Transport:
+def open_transport(url: str | None, api_key: str | None) -> Transport:
     """The way to a service; ``embedded`` starts one of this process's own.
 
     Raises:
         AttachError: The url is none, or no service can be started here.
     """
-    if url == "embedded":
+    if given_url(url) == "embedded":
         from nowcast_client.wire.embedded import EmbeddedTransport
 
         return EmbeddedTransport()

@@ -21,6 +21,8 @@ HEADER_OFFSET = "Nowcast-Offset"
 """Byte of the stream at which the body of a resumed upload begins; absent or 0 for a whole upload."""
 HEADER_DIGEST = "Nowcast-Digest"
 """Content digest of a stream (32 hex digits): ties a resumed upload to the one it continues."""
+HEADER_INSTANCE = "Nowcast-Instance"
+"""On every answer: which process gave it. Answers of two in turn mean that a balancer splits a session."""
 
 ROUTE_NOWCAST = "/nowcast"
 ROUTE_NOWCAST_V1 = "/v1/nowcast"

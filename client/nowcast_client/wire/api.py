@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from nowcast_proto.arrays import float32_of, frame_of
-from nowcast_proto.errors import InvalidSnapshot, MalformedFrame
+from nowcast_proto.errors import InvalidSnapshot, MalformedFrame, NowcastError
 from nowcast_proto.messages import (
     HealthReply,
     ModelsReply,
@@ -42,12 +43,12 @@ from nowcast_proto.version import (
 )
 
 from nowcast_client.errors import BadReply
+from nowcast_client.wire.http import AsyncHttpTransport, HttpTransport
 from nowcast_client.wire.transport import (
     MAX_JSON,
+    NOT_AGAIN,
     RETRYABLE,
     WRITE_BYTES,
-    AsyncHttpTransport,
-    HttpTransport,
     Request,
     Retry,
     Transport,
@@ -56,7 +57,6 @@ from nowcast_client.wire.transport import (
 )
 from nowcast_client.wire.transport import Reply as HttpReply
 
-DEFAULT_URL = "http://127.0.0.1:8500"
 Snapshot = Mapping[str, Any]
 M = TypeVar("M", ModelsReply, HealthReply, TrainingsReply, StatusReply)
 T = TypeVar("T")
@@ -168,14 +168,6 @@ def _tensors(frames: Sequence[TensorFrame], like: Snapshot) -> dict[str, Any]:
     return {name: sys.modules["torch"].from_numpy(a) for name, a in arrays.items()} if as_torch else arrays
 
 
-def _address(url: str | None) -> str:
-    return url or os.environ.get("NOWCAST_URL") or DEFAULT_URL
-
-
-def _key(api_key: str | None) -> str | None:
-    return api_key or os.environ.get("NOWCAST_API_KEY")
-
-
 class NowcastClient:
     """The service as blocking calls.
 
@@ -185,6 +177,11 @@ class NowcastClient:
         timeout: Seconds without progress after which a request is tried again.
         retry: How often.
         transport: Another way to the service than the url's.
+        ca_file: PEM file of the certificate authorities to trust. Default: ``NOWCAST_CA_FILE``, then
+            ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``, then those of the certifi package.
+
+    Raises:
+        AttachError: The url, the key, a proxy variable or a file of certificates cannot work.
     """
 
     def __init__(
@@ -195,8 +192,9 @@ class NowcastClient:
         timeout: float = 30.0,
         retry: Retry | None = None,
         transport: Transport | None = None,
+        ca_file: str | Path | None = None,
     ) -> None:
-        self._transport = transport or HttpTransport(_address(url), api_key=_key(api_key))
+        self._transport = transport or HttpTransport(url, api_key=api_key, ca_file=ca_file)
         self._timeout = timeout
         self._retry = retry or Retry()
 
@@ -262,6 +260,7 @@ class NowcastClient:
             timeout=deadline,
             deadline=time.monotonic() + deadline,
             retry=self._retry,
+            final=NOT_AGAIN,
         )
         return _tensors(frames, snapshots[-1])
 
@@ -332,8 +331,9 @@ class AsyncNowcastClient:
         api_key: str | None = None,
         timeout: float = 30.0,
         retry: Retry | None = None,
+        ca_file: str | Path | None = None,
     ) -> None:
-        self._transport = AsyncHttpTransport(_address(url), api_key=_key(api_key))
+        self._transport = AsyncHttpTransport(url, api_key=api_key, ca_file=ca_file)
         self._timeout = timeout
         self._retry = retry or Retry()
 
@@ -371,7 +371,7 @@ class AsyncNowcastClient:
             await self._transport.call(_stream_request(encoder), timeout=deadline, feed=answer.begin)
             return answer.result()
 
-        frames = await self._tried(once, deadline)
+        frames = await self._tried(once, deadline, NOT_AGAIN)
         return _tensors(frames, snapshots[-1])
 
     async def models(self) -> ModelsReply:
@@ -403,7 +403,9 @@ class AsyncNowcastClient:
 
         return await self._tried(once, self._timeout)
 
-    async def _tried(self, once: Callable[[], Awaitable[T]], seconds: float) -> T:
+    async def _tried(
+        self, once: Callable[[], Awaitable[T]], seconds: float, final: tuple[type[NowcastError], ...] = ()
+    ) -> T:
         deadline = time.monotonic() + seconds
         attempt = 0
         while True:
@@ -412,7 +414,7 @@ class AsyncNowcastClient:
                 return await once()
             except RETRYABLE as exc:
                 pause = self._retry.delay(attempt, exc)
-                if attempt >= self._retry.attempts or time.monotonic() + pause >= deadline:
+                if isinstance(exc, final) or attempt >= self._retry.attempts or time.monotonic() + pause >= deadline:
                     raise
                 await asyncio.sleep(pause)
 

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nowcast_client.errors import AttachError, ConnectFailed
-from nowcast_client.wire.transport import HttpTransport, Reply, Request
+from nowcast_client.wire.address import SOCKET_PATH_BYTES
+from nowcast_client.wire.http import HttpTransport
+from nowcast_client.wire.transport import Reply, Request
 
 NEEDED = ("nowcast_service", "torch", "torch_geometric", "fastapi", "uvicorn", "typer")
 """What ``pip install nowcast-sidecar[service]`` brings."""
@@ -50,7 +52,7 @@ class EmbeddedTransport:
             )
         self._pid = os.getpid()
         self._closed = threading.Event()
-        self._folder = Path(tempfile.mkdtemp(prefix="nowcast-"))
+        self._folder = _short_folder()
         self._socket = self._folder / "socket"
         # A file without a name: it is gone with the last process that holds it.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
@@ -131,6 +133,25 @@ class EmbeddedTransport:
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - _TAIL))
         return self._log.read().decode(errors="replace").strip()
+
+
+def _short_folder() -> Path:
+    """A new folder whose path leaves room for a socket's: the usual one for temporary files may be too deep for that.
+
+    Raises:
+        AttachError: There is none.
+    """
+    places = (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp")
+    room = SOCKET_PATH_BYTES - len("/nowcast-12345678/socket")
+    for place in places:
+        if place and len(os.fsencode(place)) <= room:
+            with contextlib.suppress(OSError):
+                return Path(tempfile.mkdtemp(prefix="nowcast-", dir=place))
+    raise AttachError(
+        f"no folder for temporary files is writable and short enough for a socket: {', '.join(filter(None, places))}",
+        expected=f"one of at most {room} bytes",
+        remedy="set TMPDIR to a shorter path",
+    )
 
 
 _PASSED = {

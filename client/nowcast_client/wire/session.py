@@ -24,6 +24,7 @@ from nowcast_proto.errors import (
     MissingSnapshots,
     NotFound,
     NowcastError,
+    Unavailable,
 )
 from nowcast_proto.messages import (
     CoverageReport,
@@ -36,16 +37,15 @@ from nowcast_proto.messages import (
     SnapshotState,
     Verdict,
     VerdictReply,
-    WireDType,
-    read_json,
     read_message,
 )
 from nowcast_proto.spec import ArchitectureSpec
-from nowcast_proto.stream import Decoder, Encoder, Header, Sink, allocate
+from nowcast_proto.stream import Encoder, Header
 from nowcast_proto.tensors import Limits, TensorFrame
 from nowcast_proto.trainings import Report
 from nowcast_proto.version import (
     HEADER_DIGEST,
+    HEADER_INSTANCE,
     HEADER_OFFSET,
     HEADER_SESSION,
     JSON_TYPE,
@@ -59,6 +59,7 @@ from nowcast_proto.version import (
 )
 
 from nowcast_client.errors import BadReply, HistoryLost, TransportError
+from nowcast_client.wire.replies import M, check_reply, missing_steps, parsed, read_stream
 from nowcast_client.wire.transport import (
     WRITE_BYTES,
     Reply,
@@ -71,7 +72,6 @@ from nowcast_client.wire.transport import (
 
 log = logging.getLogger("nowcast")
 T = TypeVar("T")
-M = TypeVar("M", SessionState, SnapshotState, VerdictReply)
 
 Frames = Callable[[], Sequence[TensorFrame]]
 """Gives a snapshot's tensors; called again for every upload of it."""
@@ -82,6 +82,32 @@ POLL_SECONDS = 5.0
 def mint() -> str:
     """A new session or nowcast id."""
     return uuid.uuid4().hex
+
+
+class Instances:
+    """Which processes of the service answered; one that answers again after another did shares a balancer with it.
+
+    A restart brings a new instance too, but the old one never comes back.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[str] = []
+        self._told = False
+
+    def note(self, headers: Mapping[str, str]) -> None:
+        """Look at a reply's headers; says once what is wrong."""
+        instance = headers.get(HEADER_INSTANCE.lower(), "")[:64]
+        if not instance or (self._seen and self._seen[-1] == instance):
+            return
+        if instance in self._seen and not self._told:
+            self._told = True
+            log.warning(
+                "answers come from more than one instance of the service (%s): a balancer in between asks several in "
+                "turn, and each knows only a part of this training's session; let it route by the header %s",
+                ", ".join(self._seen[-2:]),
+                HEADER_SESSION,
+            )
+        self._seen = [*self._seen[-15:], instance]
 
 
 class Session:
@@ -129,6 +155,7 @@ class Session:
         chosen = {"predictor": predictor, "checkpoint": checkpoint}
         self._query = urlencode({name: value for name, value in chosen.items() if value is not None})
         self._open = False
+        self._answered_by = Instances()
         self._spec_digest = spec.digest()
         self.resent = 0
         self._reported_as: str | None = None
@@ -204,27 +231,33 @@ class Session:
         """
         left = max(0.001, deadline - time.monotonic())
         body = job.model_copy(update={"deadline": left}).model_dump_json(exclude_none=True).encode()
+        lost: list[int] = []
         while True:
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded("the nowcast did not come in time")
             try:
+                while lost:
+                    self._send_again(lost[0], history, deadline)
+                    del lost[0]
                 if not self._open:
                     self.open(deadline)
                 self._post(body, deadline)
                 return self._fetch(job, deadline)
             except MissingSnapshots as exc:
-                for step in _missing(exc, job):
-                    frames = history.get(step)
-                    if frames is None:
-                        raise HistoryLost(f"nobody holds the snapshot of step {step} any more") from exc
-                    self.upload(step, frames, deadline)
-                    self.resent += 1
+                lost = missing_steps(exc, job)
             except (NotFound, Expired):
                 self._open = False
                 self._pause(deadline)
-            except TransportError:
+            except (TransportError, Unavailable):
                 # The tries of one call are few; a service that restarts takes longer. The deadline bounds this loop.
                 self._pause(deadline)
+
+    def _send_again(self, step: int, history: Mapping[int, Frames | None], deadline: float) -> None:
+        frames = history.get(step)
+        if frames is None:
+            raise HistoryLost(f"nobody holds the snapshot of step {step} any more")
+        self.upload(step, frames, deadline)
+        self.resent += 1
 
     def verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int, deadline: float) -> None:
         """Tell the service what became of a nowcast, for its metrics."""
@@ -280,12 +313,13 @@ class Session:
             deadline=deadline,
             retry=retry or self._retry,
             stop=self.stop,
+            note=self._answered_by.note,
         )
 
     def _json(
         self, method: Literal["GET", "PUT", "POST"], path: str, body: bytes | None, model: type[M], deadline: float
     ) -> M:
-        return self._call(method, path, deadline, lambda reply: _parsed(model, reply), body=body)
+        return self._call(method, path, deadline, lambda reply: parsed(model, reply), body=body)
 
     def _put(self, step: int, encoder: Encoder, deadline: float) -> None:
         route = self._route(ROUTE_SNAPSHOT, step=step)
@@ -302,11 +336,12 @@ class Session:
                 state = call(
                     self._transport,
                     request,
-                    lambda reply: _parsed(SnapshotState, reply),
+                    lambda reply: parsed(SnapshotState, reply),
                     timeout=self._timeout,
                     deadline=deadline,
                     retry=Retry(attempts=1),
                     stop=self.stop,
+                    note=self._answered_by.note,
                 )
             except (TransportError, ChecksumMismatch, MalformedFrame, BadReply) as exc:
                 if attempt >= self._retry.attempts:
@@ -388,73 +423,3 @@ class Session:
             if found is not None:
                 header, frames = found
                 return read_message(NowcastReplyHeader, header), frames
-
-
-def _parsed(model: type[M], reply: Reply) -> M:
-    text = reply.text()
-    try:
-        return read_json(model, text)
-    except NowcastError as exc:
-        raise BadReply(f"a reply that is no {model.__name__}: {exc.message[:120]}") from exc
-
-
-def _missing(exc: MissingSnapshots, job: NowcastJob) -> list[int]:
-    listed = exc.detail.get("missing")
-    steps = [s for s in listed if s in job.steps] if isinstance(listed, list) else []
-    return sorted(steps) or list(job.steps)
-
-
-def read_stream(reply: Reply, check: Callable[[Header], None], limits: Limits) -> tuple[Header, list[TensorFrame]]:
-    """Read a reply that is a tensor stream; its header is checked before memory is taken for its tensors.
-
-    Raises:
-        BadReply: It is of another media type.
-        NowcastError: What the decoder or ``check`` finds.
-    """
-    kind = reply.headers.get("content-type", "")
-    if not kind.startswith(MEDIA_TYPE):
-        raise BadReply(f"a reply of type {kind[:80]!r}", expected=MEDIA_TYPE)
-
-    def open_sink(header: Header) -> Sink:
-        check(header)
-        return allocate
-
-    decoder = Decoder(open_sink, limits)
-    for chunk in reply.chunks:
-        decoder.feed(chunk)
-    return decoder.finish(), decoder.frames
-
-
-def check_reply(
-    message: NowcastReplyHeader,
-    header: Header,
-    job: NowcastJob,
-    expected: Sequence[tuple[str, tuple[int, ...]]],
-    spec_digest: str,
-) -> None:
-    """Hold a nowcast's header against what was asked for.
-
-    The header has no checksum of its own, so every field that matters is compared.
-
-    Raises:
-        MalformedFrame: A field is not the one that was asked for; asking again may help.
-    """
-    pairs: dict[str, tuple[object, object]] = {
-        "nowcast id": (message.nowcast, job.nowcast),
-        "horizon": (message.k, job.k),
-        "kind of reply": (message.reply, job.reply),
-        "update scale": (message.update_scale, job.update_scale),
-        "steps": (tuple(message.steps), tuple(job.steps)),
-        "spec digest": (message.spec_digest, spec_digest),
-    }
-    if job.predictor is not None:
-        pairs["predictor"] = (message.predictor, job.predictor)
-    for what, (got, wanted) in pairs.items():
-        if got != wanted:
-            raise MalformedFrame(f"the reply's {what} is {str(got)[:80]!r}", expected=f"{str(wanted)[:80]!r}")
-    wire: WireDType = job.reply_dtype
-    if [(e.name, e.shape) for e in header.tensors] != list(expected):
-        raise MalformedFrame("the reply lists other tensors than the spec", expected="the spec's, in its order")
-    strange = [e for e in header.tensors if e.dtype != wire or e.snapshot]
-    if strange:
-        raise MalformedFrame(f"tensor {strange[0].name!r} comes as {strange[0].dtype}", expected=wire)

@@ -1,7 +1,7 @@
-"""How bytes reach the service: TCP or a unix socket, with deadlines and retries; a fake and a faulty one beside it.
+"""What a client needs of a connection: requests and replies, which errors are worth another try, and how often.
 
-A transport sends one request and hands back a reply whose body is read in pieces. httpx stays in here: each of its
-exceptions leaves as a `nowcast_client.errors.TransportError`.
+A transport sends one request and hands back a reply whose body is read in pieces: `nowcast_client.wire.http` over the
+network, `nowcast_client.testing` for tests.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import json
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
-from urllib.parse import urlsplit
 
-import httpx
 from nowcast_proto.errors import (
     Busy,
     ChecksumMismatch,
@@ -25,11 +23,12 @@ from nowcast_proto.errors import (
     InternalError,
     MalformedFrame,
     NowcastError,
+    TooLarge,
     Unavailable,
 )
 from pydantic import ValidationError
 
-from nowcast_client.errors import AttachError, BadReply, ConnectFailed, ConnectionCut, TimedOut, TransportError
+from nowcast_client.errors import BadReply, ConnectFailed, TimedOut, TransportError
 
 T = TypeVar("T")
 Chunk = bytes | memoryview
@@ -107,224 +106,6 @@ class Transport(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def _mapped() -> Iterator[None]:
-    """Turn every httpx exception into one of ours."""
-    try:
-        yield
-    except httpx.TimeoutException as exc:
-        raise TimedOut(
-            f"the service made no progress ({type(exc).__name__})", remedy="check that it runs, or allow it more time"
-        ) from exc
-    except httpx.ConnectError as exc:
-        raise ConnectFailed(f"the service cannot be reached: {exc}", remedy="check the url and that it runs") from exc
-    except httpx.HTTPError as exc:
-        raise ConnectionCut(f"the exchange broke off: {type(exc).__name__}: {exc}", remedy="try again") from exc
-    except (httpx.StreamError, httpx.InvalidURL) as exc:
-        raise ConnectionCut(f"the exchange broke off: {type(exc).__name__}", remedy="try again") from exc
-
-
-def _target(url: str) -> tuple[str, str | None]:
-    """Base URL and unix socket path of a service address."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        path = parts.netloc + parts.path
-        if not path:
-            raise AttachError(f"url {url!r} names no socket", expected="unix:///path/to/socket")
-        return "http://nowcast", path
-    if parts.scheme in ("http", "https") and parts.netloc:
-        return url.rstrip("/"), None
-    raise AttachError(f"url {url!r}", expected="http://host:port, https://host:port or unix:///path/to/socket")
-
-
-def _local(base: str) -> bool:
-    return urlsplit(base).hostname in ("127.0.0.1", "localhost", "::1", "nowcast")
-
-
-def _secure(base: str) -> bool:
-    """Whether there are certificates to check; reading the trusted ones takes longer than a small nowcast."""
-    return urlsplit(base).scheme == "https"
-
-
-def _headers(request: Request, api_key: str | None) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity", **request.headers}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    if request.body is not None:
-        headers["Content-Length"] = str(request.content_length)
-    return headers
-
-
-class HttpTransport:
-    """HTTP/1.1 over TCP, TLS or a unix socket.
-
-    Args:
-        url: ``http://host:port``, ``https://host:port`` or ``unix:///path``.
-        api_key: Sent as a bearer token.
-
-    Raises:
-        AttachError: The url is none of these.
-    """
-
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        base, socket_path = _target(url)
-        self._api_key = api_key
-        # A proxy from the environment never stands between a process and its own machine.
-        self._http = httpx.Client(
-            base_url=base,
-            transport=httpx.HTTPTransport(uds=socket_path, verify=False) if socket_path else None,
-            trust_env=not _local(base),
-            verify=_secure(base),
-        )
-        self.bytes_sent = 0
-        self.bytes_received = 0
-
-    @contextlib.contextmanager
-    def send(self, request: Request, *, timeout: float) -> Iterator[Reply]:
-        """See `Transport.send`."""
-        with contextlib.ExitStack() as stack:
-            with _mapped():
-                built = self._http.build_request(
-                    request.method,
-                    request.path,
-                    headers=_headers(request, self._api_key),
-                    content=self._counted(request.body()) if request.body else None,
-                    timeout=timeout,
-                )
-                response = self._http.send(built, stream=True)
-            stack.callback(response.close)
-            yield Reply(response.status_code, response.headers, self._received(response))
-
-    def _counted(self, chunks: Iterator[Chunk]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self.bytes_sent += len(chunk)
-            yield chunk  # type: ignore[misc]  # h11 takes any buffer
-
-    def _received(self, response: httpx.Response) -> Iterator[bytes]:
-        with _mapped():
-            for chunk in response.iter_raw():
-                self.bytes_received += len(chunk)
-                yield chunk
-
-    def close(self) -> None:
-        """Drop all connections."""
-        self._http.close()
-
-
-class AsyncHttpTransport:
-    """The same for asyncio."""
-
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        base, socket_path = _target(url)
-        self._api_key = api_key
-        self._http = httpx.AsyncClient(
-            base_url=base,
-            transport=httpx.AsyncHTTPTransport(uds=socket_path, verify=False) if socket_path else None,
-            trust_env=not _local(base),
-            verify=_secure(base),
-        )
-
-    async def call(
-        self,
-        request: Request,
-        *,
-        timeout: float,
-        feed: Callable[[int, Mapping[str, str]], Callable[[bytes], object]],
-    ) -> None:
-        """Send a request and push the reply's body into the function that ``feed(status, headers)`` returns."""
-
-        async def body(chunks: Iterator[Chunk]) -> AsyncIterator[bytes]:
-            for chunk in chunks:
-                yield chunk  # type: ignore[misc]
-
-        with _mapped():
-            built = self._http.build_request(
-                request.method,
-                request.path,
-                headers=_headers(request, self._api_key),
-                content=body(request.body()) if request.body else None,
-                timeout=timeout,
-            )
-            response = await self._http.send(built, stream=True)
-            try:
-                take = feed(response.status_code, response.headers)
-                async for chunk in response.aiter_raw():
-                    take(chunk)
-            finally:
-                await response.aclose()
-
-    async def close(self) -> None:
-        """Drop all connections."""
-        await self._http.aclose()
-
-
-class FakeTransport:
-    """Answers from a function instead of a network; for tests of code that uses Nowcast.
-
-    Args:
-        handler: Request -> (status, headers, body).
-    """
-
-    def __init__(self, handler: Callable[[Request], tuple[int, Mapping[str, str], bytes]]) -> None:
-        self._handler = handler
-        self.requests: list[Request] = []
-
-    @contextlib.contextmanager
-    def send(self, request: Request, *, timeout: float) -> Iterator[Reply]:
-        """See `Transport.send`."""
-        self.requests.append(request)
-        status, headers, body = self._handler(request)
-        yield Reply(status, {k.lower(): v for k, v in headers.items()}, iter([body] if body else []))
-
-    def close(self) -> None:
-        """Nothing to drop."""
-
-
-class FaultyTransport:
-    """Lets chosen requests fail and passes the rest on; for tests.
-
-    Args:
-        inner: The transport that does the work.
-        fail_at: Number of the request, counted from 0 -> what it meets: an exception to raise before sending, or one
-            of ``"before"`` (never sent), ``"after"`` (sent and served, the reply lost), ``"body"`` (the reply breaks
-            off half-way).
-    """
-
-    def __init__(self, inner: Transport, fail_at: Mapping[int, Exception | str]) -> None:
-        self._inner = inner
-        self._fail_at = dict(fail_at)
-        self.count = 0
-
-    @contextlib.contextmanager
-    def send(self, request: Request, *, timeout: float) -> Iterator[Reply]:
-        """See `Transport.send`."""
-        fault = self._fail_at.get(self.count)
-        self.count += 1
-        if isinstance(fault, Exception):
-            raise fault
-        if fault == "before":
-            raise ConnectFailed("injected: nobody answers")
-        with self._inner.send(request, timeout=timeout) as reply:
-            if fault == "after":
-                for _ in reply.chunks:
-                    pass
-                raise ConnectionCut("injected: the reply was lost")
-            if fault == "body":
-                reply = Reply(reply.status, reply.headers, _broken(reply.chunks))
-            yield reply
-
-    def close(self) -> None:
-        """Close the inner transport."""
-        self._inner.close()
-
-
-def _broken(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk[: len(chunk) // 2]
-        raise ConnectionCut("injected: the reply broke off")
-    raise ConnectionCut("injected: the reply broke off")
-
-
 @dataclass(frozen=True)
 class Retry:
     """When and how often to try again.
@@ -351,10 +132,12 @@ class Retry:
 
 RETRYABLE = (TransportError, Busy, Unavailable, ChecksumMismatch, MalformedFrame, BadReply, InternalError)
 """Errors after which the same request may succeed: every call of the protocol is idempotent."""
+NOT_AGAIN: tuple[type[NowcastError], ...] = (TimedOut,)
+"""Errors after which a whole history is not sent again: it would only take too long once more."""
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes) -> NowcastError:
-    """The typed error in a reply that is not a success."""
+    """The typed error in a reply that is not a success; one without a body of ours comes from something in between."""
     try:
         retry_after: float | None = float(headers.get("retry-after", ""))
     except ValueError:
@@ -362,15 +145,40 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> NowcastErr
     try:
         parsed = ErrorBody.model_validate_json(body)
     except ValidationError:
-        # Something between us and the service answered.
-        if status in (429, 502, 503, 504):
-            return Unavailable(f"status {status} from a gateway", retry_after=retry_after)
-        return BadReply(
-            f"status {status} with a body that is no error of the protocol",
-            expected="an error body in JSON",
-            remedy="check that the url is a Nowcast service's",
-        )
+        return _from_between(status, headers, retry_after)
     return NowcastError.from_body(parsed, retry_after=retry_after)
+
+
+def _from_between(status: int, headers: Mapping[str, str], retry_after: float | None) -> NowcastError:
+    """What a gateway's or proxy's own answer means for the service behind it."""
+    name = headers.get("server") or headers.get("via") or ""
+    named = f" ({name[:60]})" if name else ""
+    who = f"a gateway{named}"
+    if status in (408, 504, 524):
+        return TimedOut(
+            f"{who} gave up waiting for the service: status {status}",
+            remedy="check that the service runs, or let the gateway wait longer",
+            retry_after=retry_after,
+        )
+    if status in (502, 503) or 520 <= status <= 530:
+        return ConnectFailed(
+            f"{who} cannot reach the service behind it: status {status}",
+            remedy="check that the service runs",
+            retry_after=retry_after,
+        )
+    if status == 429:
+        return Busy(f"{who} lets no more requests through for now: status 429", retry_after=retry_after)
+    if status == 413:
+        return TooLarge(
+            f"a proxy or gateway{named} in front of the service refuses a body of this size: status 413",
+            expected="a proxy that lets whole snapshots through",
+            remedy="raise its limit on request bodies (client_max_body_size of nginx): see docs/operations.md",
+        )
+    return BadReply(
+        f"status {status} with a body that is no error of the protocol{named}",
+        expected="an error body in JSON",
+        remedy="check that the url is a Nowcast service's",
+    )
 
 
 def checked(reply: Reply) -> Reply:
@@ -393,6 +201,8 @@ def call(
     deadline: float,
     retry: Retry,
     stop: threading.Event | None = None,
+    final: tuple[type[NowcastError], ...] = (),
+    note: Callable[[Mapping[str, str]], object] | None = None,
 ) -> T:
     """Send a request until its reply has been read whole, or trying again makes no sense.
 
@@ -404,6 +214,8 @@ def call(
         deadline: Value of ``time.monotonic()`` after which no try begins and no further piece of a body is moved.
         retry: How often.
         stop: Ends the waiting and the moving of bodies early.
+        final: Errors after which this request is not tried again.
+        note: Shown the headers of every reply.
 
     Raises:
         NowcastError: What the last try met; `DeadlineExceeded` when there was no time for any.
@@ -424,11 +236,18 @@ def call(
             raise DeadlineExceeded(f"no time is left for {request.method} {request.path}")
         try:
             with transport.send(guarded, timeout=min(timeout, left)) as reply:
+                if note is not None:
+                    note(reply.headers)
                 reply.chunks = _until(reply.chunks, deadline, stop)
                 return read(checked(reply))
         except RETRYABLE as exc:
             pause = retry.delay(attempt, exc)
-            if attempt >= retry.attempts or time.monotonic() + pause >= deadline or stop.wait(pause):
+            if (
+                isinstance(exc, final)
+                or attempt >= retry.attempts
+                or time.monotonic() + pause >= deadline
+                or stop.wait(pause)
+            ):
                 raise
 
 

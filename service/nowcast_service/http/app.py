@@ -25,7 +25,7 @@ from nowcast_proto.messages import (
     Verdict,
 )
 from nowcast_proto.trainings import Report
-from nowcast_proto.version import ROUTE_HEALTH, ROUTE_READY
+from nowcast_proto.version import HEADER_INSTANCE, ROUTE_HEALTH, ROUTE_READY
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -63,6 +63,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._instance = (HEADER_INSTANCE.lower().encode(), uuid.uuid4().hex[:12].encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event of ASGI."""
@@ -83,7 +84,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id.encode())]}
+                said = ((b"x-request-id", request_id.encode()), self._instance)
+                message = {**message, "headers": [*message.get("headers", ()), *said]}
             elif method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)

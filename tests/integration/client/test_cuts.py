@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from nowcast_client.wire.http import HttpTransport
 from nowcast_client.wire.session import Session, mint
-from nowcast_client.wire.transport import HttpTransport, Retry
+from nowcast_client.wire.transport import Retry
 from nowcast_proto.arrays import frame_of
 from nowcast_proto.errors import NowcastError
 from nowcast_proto.messages import NowcastJob

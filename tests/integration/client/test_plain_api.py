@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,25 @@ def test_no_server_is_a_typed_error() -> None:
 
     with pytest.raises(ConnectFailed, match="check the url"):
         asyncio.run(ask())
+
+
+def test_the_http_library_writes_no_line_into_the_user_s_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Not for our requests; the user's own are still his to see."""
+    with caplog.at_level(logging.DEBUG):
+        with NowcastClient(server.url) as client:
+            client.models()
+        asyncio.run(_ready(server.url))
+        mine = [record.name for record in caplog.records if record.name.split(".")[0] in ("httpx", "httpcore")]
+        httpx.get(server.url + "/healthz", trust_env=False)
+    assert not mine
+    assert any(record.name == "httpx" for record in caplog.records)
+
+
+async def _ready(url: str) -> HealthReply:
+    async with AsyncNowcastClient(url) as client:
+        return await client.ready()
+
+
+def test_every_answer_says_which_process_gave_it(server: Server) -> None:
+    answers = [httpx.get(server.url + path, trust_env=False) for path in ("/healthz", "/v1/models", "/no/such/route")]
+    assert len({answer.headers["nowcast-instance"] for answer in answers}) == 1

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from nowcast_client.wire.transport import FakeTransport, Request
+from nowcast_client.testing import FakeTransport
+from nowcast_client.wire.transport import Request
 from nowcast_proto.arrays import array_of, float32_of, frame_of
 from nowcast_proto.errors import Conflict, MissingSnapshots, NotFound, NowcastError
 from nowcast_proto.messages import NowcastJob, NowcastReplyHeader, SessionCreate

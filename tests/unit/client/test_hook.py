@@ -17,7 +17,8 @@ import torch
 from nowcast_client import TrialSettings, attach
 from nowcast_client.errors import AttachError, TransportError
 from nowcast_client.handle import Event, Handle
-from nowcast_client.wire.transport import FaultyTransport, Retry
+from nowcast_client.testing import FaultyTransport
+from nowcast_client.wire.transport import Retry
 from nowcast_proto.errors import InvalidSnapshot, NowcastError, UnsupportedArchitecture
 from torch import nn
 

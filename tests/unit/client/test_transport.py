@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,15 +11,28 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from nowcast_client.errors import BadReply, ConnectFailed
+from nowcast_client.errors import BadReply, ConnectFailed, TimedOut, TransportError
+from nowcast_client.testing import FakeTransport, FaultyTransport
 from nowcast_client.wire.api import NowcastClient
-from nowcast_client.wire.transport import FakeTransport, FaultyTransport, HttpTransport, Reply, Request, Retry, call
+from nowcast_client.wire.http import HttpTransport
+from nowcast_client.wire.session import Session
+from nowcast_client.wire.transport import Reply, Request, Retry, call
 from nowcast_proto.arrays import frame_of
-from nowcast_proto.errors import Busy, DeadlineExceeded, InvalidSnapshot, MalformedFrame, NotFound, Unavailable
-from nowcast_proto.messages import NowcastReplyHeader, NowcastRequest
+from nowcast_proto.errors import (
+    Busy,
+    DeadlineExceeded,
+    InvalidSnapshot,
+    MalformedFrame,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
+from nowcast_proto.messages import NowcastJob, NowcastReplyHeader, NowcastRequest
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
 from nowcast_proto.stream import Decoder, Encoder
 from nowcast_proto.version import MEDIA_TYPE
+
+from .service import FakeService, linear
 
 FAST = Retry(attempts=3, base=0.001, cap=0.01)
 SPEC = ArchitectureSpec(family="sequential", parameters=(ParameterSpec(name="w", shape=(2, 3)),))
@@ -63,10 +77,66 @@ def test_what_trying_again_cannot_change_is_raised_at_once() -> None:
     assert len(transport.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "error"), [(502, Unavailable), (503, Unavailable), (418, BadReply)])
-def test_strangers_in_between_get_a_typed_error(status: int, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        ask(FakeTransport(lambda r: (status, {}, b"<html>")))
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (502, ConnectFailed),
+        (503, ConnectFailed),
+        (522, ConnectFailed),
+        (504, TimedOut),
+        (429, Busy),
+        (413, TooLarge),
+        (418, BadReply),
+    ],
+)
+def test_strangers_in_between_are_named(status: int, error: type[Exception]) -> None:
+    """What a gateway says means what it would mean without one."""
+    with pytest.raises(error, match=f"(?s)(?=.*nginx)(?=.*{status})"):
+        ask(FakeTransport(lambda r: (status, {"Server": "nginx"}, b"<html>")))
+
+
+def test_a_refusal_of_the_service_itself_is_no_gateway_s() -> None:
+    away = Unavailable("shutting down").body().model_dump_json().encode()
+    with pytest.raises(Unavailable, match="shutting down"):
+        ask(FakeTransport(lambda r: (503, {"Server": "nginx"}, away)))
+
+
+@pytest.mark.parametrize(("status", "sent"), [(504, 1), (502, 3)])
+def test_a_history_is_not_sent_again_to_who_gave_up_waiting(status: int, sent: int) -> None:
+    transport = FakeTransport(lambda r: (status, {}, b"<html>"))
+    with pytest.raises(TransportError):
+        NowcastClient(transport=transport, retry=FAST).nowcast(SPEC, [{"w": np.zeros((2, 3))}] * 5, 3)
+    assert len(transport.requests) == sent
+
+
+def session_of(instances: str) -> FakeTransport:
+    """A service whose answers come from these instances, one after another."""
+    turn = iter(instances)
+    state = {"session": "s", "spec_digest": SPEC.digest(), "keep": 6, "snapshots": [], "expires_in": 9.0}
+    return FakeTransport(lambda r: (200, {"Nowcast-Instance": next(turn)}, json.dumps(state).encode()))
+
+
+@pytest.mark.parametrize(("instances", "told"), [("aaaa", 0), ("aabb", 0), ("abcd", 0), ("abab", 1), ("aabbcca", 1)])
+def test_several_instances_behind_one_address_are_named_once(
+    instances: str, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A restart brings a new instance and the old one never comes back; a balancer's do."""
+    session = Session(session_of(instances), SPEC)
+    for _ in instances:
+        session.open(time.monotonic() + 60.0)
+    assert sum("more than one instance" in line for line in caplog.messages) == told
+
+
+def test_a_service_that_dies_while_lost_snapshots_are_sent_again_is_waited_for() -> None:
+    service = FakeService(linear)
+    frames = {s: (lambda s=s: [frame_of("w", np.full((2, 3), float(s), np.float32))]) for s in range(5)}
+    job = NowcastJob(nowcast="n", steps=tuple(frames), k=2, predictor="linear", reply="delta")
+    # Session, question, the answer that all are missing; then nobody is there for the tries of two uploads.
+    faulty = FaultyTransport(service.transport, dict.fromkeys(range(2, 9), "before"))
+    session = Session(faulty, SPEC, retry=FAST)
+    header, _ = session.nowcast(job, frames, time.monotonic() + 60.0)
+    assert header.steps == job.steps
+    assert session.resent == 5
 
 
 def test_deadline_and_stop_end_the_trying() -> None:
