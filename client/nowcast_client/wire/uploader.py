@@ -12,13 +12,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from nowcast_proto.errors import Conflict, NowcastError
+from nowcast_proto.errors import Conflict, DeadlineExceeded, NowcastError
 from nowcast_proto.messages import CoverageReport, NowcastJob, Outcome
+from nowcast_proto.tensors import TensorFrame
 from nowcast_proto.trainings import Report
 from torch import Tensor
 
@@ -135,6 +137,8 @@ class Uploader:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open_jobs = 0
         self._current: Window | None = None
+        self._hands = threading.Lock()  # held where a window is dropped, and where a slot of one begins to be read
+        self._reading: tuple[Slot, ...] = ()
         self._closing = False
         self._telling = False
         self._last: Callable[[], Report] | None = None
@@ -166,9 +170,20 @@ class Uploader:
             self._submit(lambda: self._resume(window))
 
     def drop(self, window: Window) -> None:
-        """Nobody wants this window any more; its slots come back as soon as nothing reads them."""
-        window.cancelled.set()
-        self._submit(lambda: self._release(window))
+        """Nobody wants this window any more; its slots come back as soon as nothing reads them.
+
+        All that are not being sent this moment come back at once: an exchange with a service that hangs may take as
+        long as its time-out, and the next window must not wait for it.
+        """
+        with self._hands:
+            window.cancelled.set()
+            busy = [slot for slot in window.slots if slot.copied or any(slot is one for one in self._reading)]
+            free = [slot for slot in window.slots if not any(slot is one for one in busy)]
+            window.slots = busy
+        for slot in free:
+            self._ring.release(slot)
+        if busy:
+            self._submit(lambda: self._release(window))
 
     def verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
         """Tell the service what became of a nowcast."""
@@ -230,6 +245,8 @@ class Uploader:
                 if not self._closing:
                     job()
             finally:
+                with self._hands:
+                    self._reading = ()
                 with self.arrived:
                     self._open_jobs -= 1
                     self.arrived.notify_all()
@@ -258,10 +275,11 @@ class Uploader:
         self._begin(window)
         start = time.monotonic()
         try:
-            frames = slot.encode()
+            frames = self._frames(window, slot, *([older] if older is not None else []))
             if older is not None:
                 for name, norm in movement(older, slot).items():
                     window.moved[name] = max(norm, window.moved.get(name, 0.0))
+                self._frames(window, slot)  # the older one is done with
             try:
                 self.session.upload(slot.step, lambda: frames, start + self._upload_seconds)
             except Conflict:
@@ -282,11 +300,12 @@ class Uploader:
         start = time.monotonic()
         try:
             history: dict[int, Frames | None] = dict.fromkeys(window.remote)
-            history |= {slot.step: slot.encode for slot in window.slots}
+            slots = list(window.slots)
+            history |= {slot.step: partial(self._frames, window, slot) for slot in slots}
             header, frames = self.session.nowcast(job, history, start + self._nowcast_seconds)
             deltas = {f.name: tensor_of(f.view(), f.dtype, f.shape) for f in frames}
-            deltas = hold_still(deltas, window.slots)
-            newest = window.slots[-1].buffers
+            deltas = hold_still(deltas, slots)
+            newest = slots[-1].buffers
             found = verify(deltas, self.layout, newest, window.moved, job.k, self._patch_bound)
             deltas = found.deltas
             base = newest if self._keep_base else None
@@ -352,12 +371,25 @@ class Uploader:
         finally:
             self._telling = False
 
+    def _frames(self, window: Window, slot: Slot, *others: Slot) -> Sequence[TensorFrame]:
+        """A slot's frames; until the job ends or asks for other ones, nobody else gets the slots.
+
+        Raises:
+            DeadlineExceeded: The window has been dropped meanwhile.
+        """
+        with self._hands:
+            if window.cancelled.is_set():
+                raise DeadlineExceeded("nobody wants this snapshot any more")
+            self._reading = (slot, *others)
+        return slot.encode()
+
     def _release(self, window: Window) -> None:
-        for slot in window.slots:
+        with self._hands:
+            slots, window.slots = window.slots, []
+        for slot in slots:
             with suppress(NowcastError):
                 slot.wait()  # nothing may still be arriving in memory that is used again
             self._ring.release(slot)
-        window.slots = []
 
 
 def tensor_of(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
