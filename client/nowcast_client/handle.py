@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
 from nowcast_client.loop.cadence import MANY_NOWCASTS, MAX_HORIZON, Cadence, default_period
+from nowcast_client.loop.evidence import unproven
 from nowcast_client.loop.losses import LossReader
 from nowcast_client.loop.reports import About, Reports
 from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
@@ -1001,7 +1002,8 @@ def attach(
             of ten periods is used and stays at one stride afterwards.
         context: Snapshots per nowcast, as the checkpoint wants.
         mode: ``on``, ``shadow`` (predict and log, never patch) or ``off``. Default: ``NOWCAST_MODE``, then ``on``,
-            or ``shadow`` where adapters (LoRA and its kin) train beside frozen weights.
+            or ``shadow`` where adapters (LoRA and its kin) train beside frozen weights, and on optimizers that no gain
+            has been shown on (see `loop.evidence`).
         trial: Judge every patch by the reported loss and undo it where it did harm. ``False`` patches unconditionally;
             a `TrialSettings` sets the judge. The recovery window is at most a third of the period.
         predictor: The service's predictor; None takes what the checkpoint is for.
@@ -1089,9 +1091,10 @@ def attach(
             )
         settings = _trial_settings(trial, every)
         found = adapter_spec(model)
-        watch = found is not None and mode is None and not os.environ.get("NOWCAST_MODE")
+        doubt = ADAPTERS_WATCHED if found is not None else unproven(optimizers)
+        watch = bool(doubt) and mode is None and not os.environ.get("NOWCAST_MODE")
         if watch:
-            log.warning("%s", ADAPTERS_WATCHED)
+            log.warning("%s", doubt)
         adapters = None if spec or table or include_frozen else found
         architecture = spec or adapters or derive_spec(model, include_frozen=include_frozen, table=table)
         layout = layout_of(model, optimizers, architecture, sharded=ranks is not None or chosen == "off")

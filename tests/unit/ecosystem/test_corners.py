@@ -208,7 +208,7 @@ def test_moments_are_not_taken_for_weights(name: str) -> None:
     model = network()
     extra = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3, **extra)
-    watched = Watched(model, optimizer)
+    watched = Watched(model, optimizer, mode="on")
     data = digits()
     for _ in range(21):
         step(model, optimizer, data)
@@ -223,7 +223,7 @@ def test_schedule_free_moves_as_a_whole(predict: Any) -> None:
     model = network()
     optimizer = AdamWScheduleFree(model.parameters(), lr=1e-3)
     optimizer.train()
-    watched = Watched(model, optimizer, predict, acts="when_told", trial=predict is backwards, period=30)
+    watched = Watched(model, optimizer, predict, mode="on", acts="when_told", trial=predict is backwards, period=30)
     data = digits()
 
     def average() -> dict[str, Tensor]:
