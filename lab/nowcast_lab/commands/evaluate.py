@@ -95,9 +95,10 @@ def _predict(arm: Arm, url: str | None, device: str, threads: int | None) -> Pre
             raise InvalidRecipe("snoo carries a state between nowcasts", remedy="run it without --url")
         return Remote(url, arm.predictor, arm.checkpoint, update_scale=arm.update_scale)
     if arm.predictor == "snoo":
-        return Local(Snoo(lr=arm.outer_lr, momentum=arm.outer_momentum, update_scale=arm.update_scale))
+        return Local(Snoo(lr=arm.outer_lr, momentum=arm.outer_momentum), update_scale=arm.update_scale)
     checkpoint = resolve_checkpoint(arm.checkpoint) if arm.checkpoint is not None else None
     return Local(
-        make_predictor(arm.predictor, checkpoint, update_scale=arm.update_scale, device=device, threads=threads),
+        make_predictor(arm.predictor, checkpoint, device=device, threads=threads),
         checkpoint.digest if checkpoint is not None else "",
+        arm.update_scale,
     )

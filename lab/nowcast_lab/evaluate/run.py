@@ -22,7 +22,7 @@ from nowcast_proto.errors import InvalidSnapshot
 from nowcast_proto.rules.horizon import horizon_at, horizon_schedule
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.history import History
-from nowcast_service.predictors.base import State
+from nowcast_service.predictors.base import Predictor, State, ahead
 from nowcast_service.runtime.memory import Peak
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -61,16 +61,14 @@ class Predict(Protocol):
 class Local:
     """A predictor of this process."""
 
-    predictor: Any
+    predictor: Predictor
     identity: str = ""
+    update_scale: float = 1.0
 
     def __call__(
         self, spec: ArchitectureSpec, snapshots: list[dict[str, Tensor]], k: int, state: State
     ) -> tuple[dict[str, Tensor], State]:
-        predicted: tuple[dict[str, Tensor], State] = self.predictor.predict(
-            History.of(spec, snapshots), k, state or None
-        )
-        return predicted
+        return ahead(self.predictor, History.of(spec, snapshots), k, state or None, update_scale=self.update_scale)
 
 
 class Nowcasts:

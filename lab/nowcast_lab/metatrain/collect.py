@@ -22,6 +22,7 @@ from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.predictors import make_predictor
+from nowcast_service.predictors.base import ahead
 from nowcast_service.weights.registry import resolve_checkpoint
 from rich.progress import Progress
 from torch import Tensor
@@ -208,7 +209,7 @@ def nowcaster(spec: ArchitectureSpec, checkpoint: Checkpoint) -> Callable[[np.nd
                 for flat in torch.from_numpy(np.array(past, np.float32))
             ]
             with contextlib.suppress(InvalidSnapshot):
-                parameters, _ = predictor.predict(History.of(spec, snapshots), k, None)
+                parameters, _ = ahead(predictor, History.of(spec, snapshots), k)
                 row[:] = torch.cat([parameters[p.name].reshape(-1) for p in spec.parameters]).numpy()
         return moved
 

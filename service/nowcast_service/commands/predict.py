@@ -106,7 +106,6 @@ def predict(
                 checkpoint,
                 edgewise_checkpoint,
                 positions=None if positions is None else read_positions(positions),
-                update_scale=update_scale,
                 uncovered=uncovered,
                 device=device,
                 precision=precision,
@@ -119,13 +118,13 @@ def predict(
             )
         with _phase(timings, "snapshots"):
             from nowcast_service.history import History
-            from nowcast_service.predictors.base import check_count, check_horizon
+            from nowcast_service.predictors.base import ahead, check_count, check_horizon
 
             check_count(len(snapshots), made.context, f"predictor {made.name}")
             check_horizon(k, made.farthest)
             history = History.of(architecture, [read_snapshot(path) for path in snapshots])
         start, inside = time.perf_counter(), sum(timings.values())
-        parameters, _ = made.predict(history, k)
+        parameters, _ = ahead(made, history, k, update_scale=update_scale)
         # What the predictor timed itself is listed by its own phases; this is the rest.
         timings["predict, other"] = time.perf_counter() - start - (sum(timings.values()) - inside)
     with _phase(timings, "write"):
@@ -136,7 +135,8 @@ def predict(
 
 def _predictor(name: str | None, checkpoint: str | None, edgewise: str | None, **options: Any) -> Any:
     from nowcast_service.commands._terminal import progress_bar
-    from nowcast_service.predictors import BASELINES, make_predictor
+    from nowcast_service.predictors import make_predictor
+    from nowcast_service.predictors.registry import entry
     from nowcast_service.weights.registry import resolve_checkpoint
 
     def load(reference: str | None) -> Any:
@@ -145,7 +145,7 @@ def _predictor(name: str | None, checkpoint: str | None, edgewise: str | None, *
         with progress_bar(f"fetching {reference}", unit_bytes=True) as fetched:
             return resolve_checkpoint(reference, progress=fetched)
 
-    network = None if name in BASELINES else load(checkpoint)
+    network = load(checkpoint) if name is None or entry(name).needs_checkpoint else None
     return make_predictor(name, network, edgewise=load(edgewise), **options)
 
 

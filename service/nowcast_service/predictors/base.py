@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from nowcast_proto.errors import HorizonOutOfRange, InvalidRequest, InvalidSnapshot
+from nowcast_proto.errors import HorizonOutOfRange, InternalError, InvalidRequest, InvalidSnapshot
 from torch import Tensor
 
 from nowcast_service.history import History, all_finite
@@ -26,7 +27,7 @@ def unasked() -> None:
 
 
 class Predictor(Protocol):
-    """Where will the parameters be, k strides after the newest snapshot?"""
+    """How far will the parameters have moved, k strides after the newest snapshot?"""
 
     name: str
     context: int
@@ -39,7 +40,7 @@ class Predictor(Protocol):
     def predict(
         self, history: History, k: int, state: State | None = None, *, check: Check = unasked
     ) -> tuple[dict[str, Tensor], State]:
-        """Predict all parameters.
+        """Predict the displacement of all parameters; whoever asked scales it and adds it to the newest snapshot.
 
         Args:
             history: Snapshots, oldest first, evenly spaced by one stride.
@@ -49,8 +50,8 @@ class Predictor(Protocol):
                 wanted.
 
         Returns:
-            Name -> float32 tensor of future parameters (not deltas), under the spec's names and shapes; and the state
-            to hand to the next call.
+            Name -> float32 displacement from the newest snapshot, under the spec's names and shapes, on the device of
+            the snapshots, the caller's to write to; and the state to hand to the next call.
 
         Raises:
             InvalidSnapshot: The history does not fit the predictor.
@@ -115,21 +116,66 @@ def check_even(steps: Sequence[int]) -> None:
         )
 
 
-def move(newest: Tensor, target: Tensor, update_scale: float) -> Tensor:
-    """``newest + update_scale * (target - newest)``, exactly ``target`` where the scale is 1."""
-    return target if update_scale == 1.0 else torch.lerp(newest.to(target), target, update_scale)
-
-
-def check_finite(parameters: Mapping[str, Tensor], who: str) -> None:
-    """Refuse predictions that are not finite; finite inputs can overflow when far ones are extrapolated.
+def taken(displacement: dict[str, Tensor], name: str, newest: Tensor, who: str) -> Tensor:
+    """One tensor of a prediction, taken out of it so that memory goes as it comes.
 
     Raises:
-        InvalidSnapshot: A predicted tensor has NaN or infinity.
+        InternalError: The predictor did not keep to its contract.
     """
-    for name in parameters:
-        if not all_finite(parameters[name]):
-            raise InvalidSnapshot(
-                f"the prediction of {who} for tensor {name!r} is not finite",
-                expected="weights that float32 can hold after the update",
-                remedy="check that the training run has not diverged",
-            )
+    found = displacement.pop(name, None)
+    if found is None or found.shape != newest.shape or found.dtype != torch.float32:
+        came = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')} of shape {list(found.shape)}"
+        raise InternalError(
+            f"predictor {who} answered {came} for tensor {name[:100]!r}",
+            expected=f"a float32 displacement of shape {list(newest.shape)}",
+            remedy="mend the predictor",
+        )
+    return found
+
+
+def moved(newest: Tensor, displacement: Tensor, update_scale: float = 1.0, *, name: str, who: str) -> Tensor:
+    """``newest + update_scale * displacement``, in the displacement's memory: the one place where either is applied.
+
+    Raises:
+        InvalidSnapshot: It is not finite; finite snapshots can overflow when far ones are extrapolated.
+    """
+    if update_scale != 1.0:
+        displacement.mul_(update_scale)
+    parameters = displacement.add_(newest)
+    if not all_finite(parameters):
+        raise InvalidSnapshot(
+            f"the prediction of {who} for tensor {name[:100]!r} is not finite",
+            expected="weights that float32 can hold after the update",
+            remedy="check that the training run has not diverged",
+        )
+    return parameters
+
+
+def ahead(
+    predictor: Predictor, history: History, k: int, state: State | None = None, *, update_scale: float = 1.0
+) -> tuple[dict[str, Tensor], State]:
+    """Where the parameters will be.
+
+    Args:
+        predictor: Which predicts.
+        history: Snapshots, oldest first.
+        k: Horizon in strides.
+        state: See `Predictor.predict`.
+        update_scale: Factor on the displacement.
+
+    Returns:
+        Name -> float32 tensor of future parameters; and the state to hand to the next call.
+
+    Raises:
+        InvalidRequest: The factor is not finite.
+        NowcastError: Whatever the predictor raises.
+    """
+    if not math.isfinite(update_scale):
+        raise InvalidRequest(f"update scale {update_scale}", expected="a finite number")
+    displacement, state = predictor.predict(history, k, state)
+    parameters = {}
+    for name in history.spec.shapes():
+        newest = history.newest(name)
+        change = taken(displacement, name, newest, predictor.name)
+        parameters[name] = moved(newest, change, update_scale, name=name, who=predictor.name)
+    return parameters, state

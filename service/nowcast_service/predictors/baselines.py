@@ -6,6 +6,7 @@ that a tensor that has not moved stays exactly where it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,9 +19,7 @@ from nowcast_service.predictors.base import (
     Check,
     State,
     check_count,
-    check_finite,
     check_horizon,
-    move,
     unasked,
 )
 from nowcast_service.predictors.graphs import Needs
@@ -32,10 +31,7 @@ class _Weighted:
     name: ClassVar[str]
     context = 0
     farthest = FARTHEST_BASELINE
-    needs: ClassVar[tuple[Needs, ...]] = ()
-
-    def __init__(self, *, update_scale: float = 1.0) -> None:
-        self.update_scale = update_scale
+    needs: Sequence[Needs] = ()
 
     def weights(self, n: int, k: int) -> list[float]:
         """Weight of each of n snapshots, oldest first, for horizon k."""
@@ -48,17 +44,16 @@ class _Weighted:
         check_count(len(history), self.context, self.name)
         check_horizon(k)
         weights = self.weights(len(history), k)
-        parameters = {}
+        displacement = {}
         for name in history.spec.shapes():
             check()
             newest = history.newest(name).float()
-            target = newest.clone()
+            moved = torch.zeros_like(newest)
             for snapshot, weight in zip(history.snapshots[:-1], weights[:-1], strict=True):
                 # The newest one's weight is implied: 1 minus all others.
-                target.add_(snapshot[name].float() - newest, alpha=weight * self.update_scale)
-            parameters[name] = target
-        check_finite(parameters, self.name)
-        return parameters, {}
+                moved.add_(snapshot[name].float() - newest, alpha=weight)
+            displacement[name] = moved
+        return displacement, {}
 
 
 class Linear(_Weighted):
@@ -100,18 +95,17 @@ class Snoo:
     Args:
         lr: Outer learning rate.
         momentum: mu, in [0, 1).
-        update_scale: Factor on the distance from the newest snapshot.
     """
 
     name = "snoo"
     context = 0
     farthest = FARTHEST_BASELINE
-    needs: ClassVar[tuple[Needs, ...]] = ()
+    needs: Sequence[Needs] = ()
 
-    def __init__(self, *, lr: float = 0.7, momentum: float = 0.5, update_scale: float = 1.0) -> None:
+    def __init__(self, *, lr: float = 0.7, momentum: float = 0.5) -> None:
         if not lr > 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr={lr}, momentum={momentum}: expected lr > 0 and momentum in [0, 1)")
-        self.lr, self.momentum, self.update_scale = lr, momentum, update_scale
+        self.lr, self.momentum = lr, momentum
 
     def predict(
         self, history: History, k: int, state: State | None = None, *, check: Check = unasked
@@ -122,7 +116,8 @@ class Snoo:
             self._check(history, state)
         else:
             check_count(len(history), self.context, self.name)
-        parameters: dict[str, Tensor] = {}
+        displacement: dict[str, Tensor] = {}
+        anchors: dict[str, Tensor] = {}
         velocities: dict[str, Tensor] = {}
         for name in history.spec.shapes():
             check()
@@ -130,12 +125,10 @@ class Snoo:
             anchor = (state["anchor"][name] if state else history.snapshots[0][name]).to(newest)
             gone = newest - anchor
             velocity = gone + self.momentum * state["velocity"][name].to(newest) if state else gone
-            target = anchor + self.lr * (gone + self.momentum * velocity)
-            parameters[name] = move(newest, target, self.update_scale)
+            anchors[name] = anchor + self.lr * (gone + self.momentum * velocity)
+            displacement[name] = anchors[name] - newest
             velocities[name] = velocity
-        check_finite(parameters, self.name)
-        # The anchor is a copy: the caller may change what it was given.
-        return parameters, {"anchor": {n: t.clone() for n, t in parameters.items()}, "velocity": velocities}
+        return displacement, {"anchor": anchors, "velocity": velocities}
 
     @staticmethod
     def _check(history: History, state: State) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.history import History
-from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
-from nowcast_service.predictors.base import Check, State, check_count, check_finite, check_horizon, move, unasked
-from nowcast_service.predictors.graphs import Graphs, Needs, Source, Uncovered, check_fit, check_positions
-from nowcast_service.predictors.wnn import TYPES, EdgewiseNetwork, Progress, checked, predict_edgewise, segments
+from nowcast_service.predictors.base import Check, State, check_count, check_horizon, unasked
+from nowcast_service.predictors.graphs import Graphs, Needs, check_fit, check_positions
+from nowcast_service.predictors.registry import Options
+from nowcast_service.predictors.wnn import TYPES, EdgewiseNetwork, checked, predict_edgewise, segments
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +26,7 @@ class NiNo:
     """Predictor around a trained graph network.
 
     Args:
-        checkpoint: Of a graph network.
-        positions: (n_nodes, 8) positional encoding to use instead of the graph's own.
-        update_scale: Factor on the update.
-        uncovered: What becomes of tensors the graph does not cover.
-        edgewise: Edge-wise network for them; needed for ``uncovered="edgewise"``.
-        device: Where to compute; snapshots are streamed there.
-        precision: Of matrix products; see `ExactEngine`.
-        memory_budget: Bytes the engine may use beyond the snapshots, or None for its default.
-        threads: CPU threads, or None for all.
-        graphs: Where graphs and positional encodings come from; computed on the spot when None.
-        reference: Use the reference twin instead of the engine.
-        progress: Called with (edges done, edges in all).
-        timings: Filled with seconds by phase.
+        options: How it is made; ``progress`` is told of edges, ``edgewise`` is needed for ``uncovered="edgewise"``.
 
     Raises:
         InvalidCheckpoint: The checkpoint is of another kind, or an edge-wise one is missing.
@@ -47,25 +35,12 @@ class NiNo:
 
     name = "nino"
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        positions: Tensor | None = None,
-        update_scale: float = 1.0,
-        uncovered: Uncovered = "left",
-        edgewise: Checkpoint | None = None,
-        device: torch.device | str = "cpu",
-        precision: str = "float32",
-        memory_budget: int | None = None,
-        threads: int | None = None,
-        graphs: Source | None = None,
-        reference: bool = False,
-        progress: Progress | None = None,
-        timings: dict[str, float] | None = None,
-    ) -> None:
-        from nowcast_service.nino.exact.engine import ExactEngine
+    def __init__(self, options: Options) -> None:
+        from nowcast_service.nino.exact.engine import DEFAULT_BUDGET, ExactEngine
 
+        checkpoint, edgewise, uncovered = options.network, options.edgewise, options.uncovered
+        if uncovered not in ("left", "edgewise"):
+            raise InvalidRequest(f"uncovered={uncovered!r}", expected="left or edgewise")
         config = checkpoint.config
         if not config.gnn:
             raise InvalidCheckpoint(
@@ -81,26 +56,32 @@ class NiNo:
         self.config = config
         self.context = config.context
         self.farthest = config.seq_len
-        self._positions = positions
-        self._update_scale = update_scale
+        self._positions = options.positions
         self._uncovered = uncovered
-        self._edgewise = EdgewiseNetwork(edgewise, device) if uncovered == "edgewise" and edgewise else None
+        self._edgewise = EdgewiseNetwork(edgewise, options.device) if uncovered == "edgewise" and edgewise else None
         if self._edgewise and self._edgewise.config.context != self.context:
             raise InvalidCheckpoint(
                 f"the edge-wise checkpoint reads {self._edgewise.config.context} snapshots",
                 expected=f"{self.context}, as the graph network does",
             )
-        self._graphs = graphs or Graphs()
-        self._graph = Needs(config.max_features, uncovered, positions=config.lpe > 0 and positions is None)
-        self.needs = (self._graph, TYPES) if self._edgewise else (self._graph,)
-        self._progress = progress
-        self._timings = timings
-        self._twin = checkpoint.twin().to(device) if reference else None
+        self._graphs = options.graphs or Graphs()
+        self._graph = Needs(config.max_features, uncovered, positions=config.lpe > 0 and self._positions is None)
+        self.needs: Sequence[Needs] = (self._graph, TYPES) if self._edgewise else (self._graph,)
+        self._progress = options.progress
+        self._timings = options.timings
+        self._twin = checkpoint.twin().to(options.device) if options.reference else None
         if self._twin is None:
-            extra = {} if memory_budget is None else {"memory_budget": memory_budget}
-            self._engine = ExactEngine(checkpoint, device=device, precision=precision, threads=threads, **extra)
-        elif precision != "float32":
-            raise InvalidRequest(f"precision {precision!r} is not available for the reference twin", expected="float32")
+            self._engine = ExactEngine(
+                checkpoint,
+                device=options.device,
+                precision=options.precision,
+                memory_budget=options.memory_budget or DEFAULT_BUDGET,
+                threads=options.threads,
+            )
+        elif options.precision != "float32":
+            raise InvalidRequest(
+                f"precision {options.precision!r} is not available for the reference twin", expected="float32"
+            )
 
     def predict(
         self, history: History, k: int, state: State | None = None, *, check: Check = unasked
@@ -117,7 +98,7 @@ class NiNo:
             check: See `Predictor.predict`.
 
         Returns:
-            For each horizon, name -> float32 tensor of future parameters.
+            For each horizon, name -> float32 tensor of displacement from the newest snapshot.
 
         Raises:
             InvalidSnapshot, HorizonOutOfRange, InvalidCheckpoint, UnsupportedArchitecture, TooLarge: As named.
@@ -141,34 +122,26 @@ class NiNo:
                 history,
                 ks,
                 positions=positions,
-                update_scale=self._update_scale,
                 progress=progress,
                 timings=self._timings,
             )
         outside = [entry.parameter for entry in graph.coverage if entry.rule != "graph"]
         if outside:
             log.info("%d of %d tensors are outside the graph: %s", len(outside), len(graph.coverage), self._uncovered)
+        names = history.spec.shapes()
+        for number, prediction in enumerate(predictions):
+            for name in set(names) - set(outside):
+                newest = history.newest(name)
+                prediction[name].sub_(newest.to(prediction[name]))
+            for name in outside:
+                prediction[name] = torch.zeros_like(history.newest(name), dtype=torch.float32)
+            predictions[number] = {name: prediction[name] for name in names}
         if self._edgewise and outside:
             with self._phase("edgewise"):
                 types = segments(self._graphs.prepared(history.spec, TYPES).graph)
+                chosen = {name: types[name] for name in outside}
                 for k, prediction in zip(ks, predictions, strict=True):
-                    chosen = {name: types[name] for name in outside}
-                    prediction.update(
-                        predict_edgewise(
-                            self._edgewise,
-                            history,
-                            k,
-                            chosen,
-                            update_scale=self._update_scale,
-                            progress=checked(check),
-                        )
-                    )
-        names = history.spec.shapes()
-        for number, prediction in enumerate(predictions):
-            for name in outside:
-                prediction.setdefault(name, history.newest(name).to(torch.float32, copy=True))
-            check_finite(prediction, self.name)
-            predictions[number] = {name: prediction[name] for name in names}
+                    prediction.update(predict_edgewise(self._edgewise, history, k, chosen, progress=checked(check)))
         return predictions
 
     def _by_twin(
@@ -190,9 +163,8 @@ class NiNo:
                 newest = history.newest(name)
                 if scale.constant:
                     prediction[name] = newest.to(torch.float32, copy=True)
-                else:  # the factor belongs to the network's output, before scaling is undone
-                    future = move(scaled[-1][name], future.to(newest.device), self._update_scale)
-                    prediction[name] = scale.invert(future)
+                else:
+                    prediction[name] = scale.invert(future.to(newest.device))
             predictions.append(prediction)
         return predictions
 

@@ -7,18 +7,19 @@ type of edge a weight is. Tensors are streamed in chunks, so that memory does no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from nowcast_proto.errors import InvalidCheckpoint
+from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest
 from torch import Tensor
 
 from nowcast_service.graph.blocks import EdgeType, NeuralGraph, View
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.scaling import Scale, scale_of
-from nowcast_service.predictors.base import Check, State, check_count, check_finite, check_horizon, unasked
-from nowcast_service.predictors.graphs import Graphs, Needs, Source, check_fit
+from nowcast_service.predictors.base import Check, State, check_count, check_horizon, unasked
+from nowcast_service.predictors.graphs import Graphs, Needs, check_fit
+from nowcast_service.predictors.registry import Options
 
 CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 """Weights per pass; on a CPU a chunk's hidden vectors (4 MiB at width 128) stay in the cache."""
@@ -109,34 +110,28 @@ class Wnn:
     """Predictor around `EdgewiseNetwork`.
 
     Args:
-        checkpoint: Of an edge-wise network.
-        device: Where to compute; snapshots are sent there chunk by chunk.
-        update_scale: Factor on the update.
-        graphs: Where graphs come from; computed on the spot when None.
-        progress: Called with (weights done, weights in all).
-        timings: Filled with seconds by phase.
+        options: How it is made; ``progress`` is told of weights.
+
+    Raises:
+        InvalidCheckpoint: The checkpoint is of a graph network.
+        InvalidRequest: The precision is not available.
     """
 
     name = "wnn"
-    needs = (TYPES,)
+    needs: Sequence[Needs] = (TYPES,)
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        device: torch.device | str = "cpu",
-        update_scale: float = 1.0,
-        graphs: Source | None = None,
-        progress: Progress | None = None,
-        timings: dict[str, float] | None = None,
-    ) -> None:
-        self.network = EdgewiseNetwork(checkpoint, device)
+    def __init__(self, options: Options) -> None:
+        checkpoint = options.network
+        if options.precision != "float32":
+            raise InvalidRequest(
+                f"precision {options.precision!r} is not available for predictor wnn", expected="float32"
+            )
+        self.network = EdgewiseNetwork(checkpoint, options.device)
         self.context = checkpoint.config.context
         self.farthest = checkpoint.config.seq_len
-        self._graphs = graphs or Graphs()
-        self._update_scale = update_scale
-        self._progress = progress
-        self._timings = timings
+        self._graphs = options.graphs or Graphs()
+        self._progress = options.progress
+        self._timings = options.timings
 
     def predict(
         self, history: History, k: int, state: State | None = None, *, check: Check = unasked
@@ -147,18 +142,12 @@ class Wnn:
         graph = self._graphs.prepared(history.spec, TYPES).graph
         check_fit(graph, self.network.config)
         start = time.perf_counter()
-        parameters = predict_edgewise(
-            self.network,
-            history,
-            k,
-            segments(graph),
-            update_scale=self._update_scale,
-            progress=checked(check, self._progress),
+        displacement = predict_edgewise(
+            self.network, history, k, segments(graph), progress=checked(check, self._progress)
         )
-        check_finite(parameters, self.name)
         if self._timings is not None:
             self._timings["network"] = self._timings.get("network", 0.0) + time.perf_counter() - start
-        return parameters, {}
+        return displacement, {}
 
 
 Segment = tuple[EdgeType, View | None, tuple[int, ...]]
@@ -194,7 +183,6 @@ def predict_edgewise(
     k: int,
     tensors: Mapping[str, list[Segment]],
     *,
-    update_scale: float = 1.0,
     scales: Mapping[str, Scale] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
@@ -205,23 +193,22 @@ def predict_edgewise(
         history: As many snapshots as its context.
         k: Horizon in strides.
         tensors: Which tensors, in which segments.
-        update_scale: Factor on the update.
         scales: Scales where they are known already.
         progress: Called with (weights done, weights in all).
 
     Returns:
-        Name -> float32 tensor on the device of the history.
+        Name -> float32 displacement from the newest snapshot, on the device of the history.
     """
     shapes = history.spec.shapes()
-    factor = update_scale * network.config.update_scale
+    factor = network.config.update_scale
     total = sum(history.newest(name).numel() for name in tensors)
     done = 0
-    parameters = {}
+    found = {}
     for name, parts in tensors.items():
         flats = history.flat(name)
         scale = scales[name] if scales else scale_of(flats)
-        # Elements that are no edge stay as they are; so does a constant tensor, as a whole.
-        future = flats[-1].to(torch.float32, copy=True)
+        # Elements that are no edge do not move; nor does a constant tensor, as a whole.
+        moved = torch.zeros_like(flats[-1], dtype=torch.float32)
         if not scale.constant:
             for edge_type, view, shape in parts:
                 for tile in _tiles(view, shape, CHUNK.get(network.device.type, CHUNK["cuda"])):
@@ -232,13 +219,13 @@ def predict_edgewise(
                     y = network(x, int(edge_type), k).mul_(factor)
                     if network.config.residual:
                         y += x[:, -1]
-                    target = tile(future)
-                    target.copy_(scale.invert(y).to(target.device).view(target.shape))
-        parameters[name] = future.view(shapes[name])
-        done += future.numel()
+                    target = tile(moved)
+                    target.copy_(scale.invert(y).to(target.device).view(target.shape)).sub_(tile(flats[-1]))
+        found[name] = moved.view(shapes[name])
+        done += moved.numel()
         if progress:
             progress(done, total)
-    return parameters
+    return found
 
 
 def _tiles(view: View | None, shape: tuple[int, ...], limit: int) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nowcast_service.graph.coverage import report
 from nowcast_service.history import History
-from nowcast_service.predictors.base import Check, Predictor, State, move, unasked
+from nowcast_service.predictors.base import Check, Predictor, State, moved, taken, unasked
 from nowcast_service.predictors.graphs import Source, coverage
 from nowcast_service.runtime.arrival import TORCH_DTYPES
 
@@ -64,16 +64,16 @@ def predict(
     """
     began = time.perf_counter()
     history = History.of(spec, snapshots, check_finite=False)
-    parameters, state = predictor.predict(history, request.k, state, check=check)
+    displacement, state = predictor.predict(history, request.k, state, check=check)
     computed = time.perf_counter()
     frames = []
     for name, shape in spec.shapes().items():
         check()
         newest = history.newest(name)
-        # Taken out of the mapping, so that float32 originals go as their casts come.
-        target = move(newest, parameters.pop(name), request.update_scale)
-        if request.reply == "delta":
-            target = target - newest.to(target)
+        target = taken(displacement, name, newest, predictor.name)
+        if request.reply == "delta":  # and so not added to anything
+            newest = torch.zeros((), device=target.device)
+        target = moved(newest, target, request.update_scale, name=name, who=predictor.name)
         frames.append(frame_of(name, shape, target, request.reply_dtype))
     seal(frames, torch.get_num_threads())
     output = time.perf_counter() - computed

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest, NotFound
+from nowcast_proto.errors import InvalidCheckpoint, NotFound
 from nowcast_proto.messages import ModelInfo, PredictionFields
 
-from nowcast_service.predictors import BASELINES, NAMES, make_predictor, predictor_for
+from nowcast_service.predictors import make_predictor, predictor_for
 from nowcast_service.predictors.base import Predictor
 from nowcast_service.predictors.graphs import Source
+from nowcast_service.predictors.registry import entry, weightless
 from nowcast_service.runtime.container import device_named
 from nowcast_service.settings import Settings
 from nowcast_service.weights.registry import (
@@ -92,9 +93,7 @@ class Catalogue:
         predictor = request.predictor
         if predictor is None and request.checkpoint is None:
             predictor = self.default_predictor
-        if predictor is not None and predictor not in NAMES:
-            raise InvalidRequest(f"predictor {predictor!r} is not known", expected="one of " + ", ".join(NAMES))
-        if predictor in BASELINES:
+        if predictor is not None and not entry(predictor).needs_checkpoint:
             return predictor, None
         checkpoint = request.checkpoint or self.default_checkpoint
         if checkpoint is None:
@@ -161,7 +160,7 @@ class Catalogue:
                     default=name == default[1] and default[0] in (None, predictor.name),
                 )
             )
-        for name in BASELINES:
+        for name in weightless():
             predictor = self.predictor((name, None))
             chosen = default[0] == name or (default == (None, None) and name == "linear")
             found.append(ModelInfo(name=name, predictor=name, context=predictor.context, default=chosen))

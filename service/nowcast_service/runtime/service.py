@@ -119,7 +119,7 @@ class Service:
             queue=engine.waiting,
             queue_limit=settings.max_queue,
             running=engine.running_for,
-            uploads=self._uploads,
+            uploads=self._uploads.used,
             uploads_limit=settings.max_uploads,
             sessions=len(self.sessions),
             sessions_limit=settings.max_sessions,

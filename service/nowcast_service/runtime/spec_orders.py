@@ -13,7 +13,7 @@ import struct
 from enum import IntEnum
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 from nowcast_proto.spec import ArchitectureSpec
 
 from nowcast_service.graph.blocks import Block, Coverage, EdgeType, NeuralGraph, Range, View

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from nowcast_proto.errors import InternalError, InvalidSpec, NowcastError, TooLarge, UnsupportedArchitecture

@@ -24,7 +24,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import torch
 from nowcast_proto.errors import Busy, ErrorBody, NowcastError, TooLarge, Unavailable
 from nowcast_proto.messages import CoverageReport

@@ -14,6 +14,7 @@ from nowcast_proto.errors import ErrorBody, NowcastError, UnsupportedVersion
 from nowcast_proto.messages import NowcastReplyHeader, SessionState, read_message
 from nowcast_service.history import History
 from nowcast_service.predictors import make_predictor
+from nowcast_service.predictors.base import ahead
 
 from .service_harness import (
     STREAM_HEADERS,
@@ -41,7 +42,7 @@ STEPS = (0, 100, 200, 300, 400)
 def expected(predictor: str = "linear", k: int = 10, steps: tuple[int, ...] = STEPS) -> dict[str, np.ndarray]:
     """The same nowcast, without a service."""
     snapshots = [{n: torch.from_numpy(a) for n, a in TRAINING.at(step).items()} for step in steps]
-    parameters, _ = make_predictor(predictor).predict(History.of(SPEC, snapshots), k)
+    parameters, _ = ahead(make_predictor(predictor), History.of(SPEC, snapshots), k)
     return {name: tensor.numpy() for name, tensor in parameters.items()}
 
 
@@ -66,7 +67,7 @@ def test_delta_scale_and_reply_dtype(server: Server):
         _, half = tensors(send(client, "POST", "/nowcast", TRAINING.request(update_scale=0.5)))
         _, coarse = tensors(send(client, "POST", "/nowcast", TRAINING.request(reply_dtype="bfloat16")))
     for name in wanted:
-        assert np.array_equal(delta[name], wanted[name] - newest[name])
+        assert np.array_equal(newest[name] + delta[name], wanted[name])
         assert np.allclose(half[name], (wanted[name] + newest[name]) / 2, atol=1e-6)
         assert np.array_equal(coarse[name], from_bfloat16(to_bfloat16(wanted[name])))
 

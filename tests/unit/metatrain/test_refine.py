@@ -35,6 +35,7 @@ from nowcast_proto.errors import Unavailable, UnreadableFile
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nowcast_service.predictors import make_predictor
+from nowcast_service.predictors.base import ahead
 from nowcast_service.weights.registry import resolve_checkpoint
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_the_displacement_it_learns_by_is_the_one_inference_makes(arch: Arch) ->
     snapshots = [
         {p.name: part.view(p.shape) for p, part in zip(spec.parameters, row.split(sizes), strict=True)} for row in seen
     ]
-    parameters, _ = make_predictor("nino", checkpoint).predict(History.of(spec, snapshots), 7, None)
+    parameters, _ = ahead(make_predictor("nino", checkpoint), History.of(spec, snapshots), 7, None)
     expected = torch.cat([parameters[p.name].reshape(-1) for p in spec.parameters]) - seen[-1]
     graph = prepare(spec)
     with torch.no_grad():

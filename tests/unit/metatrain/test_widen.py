@@ -16,6 +16,7 @@ from nowcast_service.cli import build_app
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint, load_checkpoint
 from nowcast_service.predictors import make_predictor
+from nowcast_service.predictors.base import ahead
 from nowcast_service.weights.registry import resolve_checkpoint
 from typer.testing import CliRunner
 
@@ -35,7 +36,7 @@ def predicted(checkpoint: Checkpoint, arch: Arch, k: int) -> torch.Tensor:
     torch.manual_seed(1)
     start = {p.name: 0.1 * torch.randn(p.shape) for p in spec.parameters}
     snapshots = [{n: w + 0.01 * i + 0.02 * torch.randn(w.shape) for n, w in start.items()} for i in range(5)]
-    parameters, _ = make_predictor("nino", checkpoint).predict(History.of(spec, snapshots), k, None)
+    parameters, _ = ahead(make_predictor("nino", checkpoint), History.of(spec, snapshots), k, None)
     return torch.cat([(parameters[n] - snapshots[-1][n]).flatten() for n in start])
 
 
