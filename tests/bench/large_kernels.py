@@ -2,7 +2,8 @@
 
 Small networks with 5 x 5 kernels are trained on CIFAR-10 with a nowcast every tenth of the run, under the horizon
 schedule of the paper. Arms: ``alone`` (no nowcasts), ``left`` (such kernels keep their newest values), ``split`` (edges
-of at most nine positions each), ``single`` (an edge for each position).
+of at most nine positions each), ``kernels`` (split convolutions, and dense layers that read many pixels left),
+``single`` (an edge for each position).
 
 Run: python tests/bench/large_kernels.py [--networks lenet conv5] [--seeds 1 2 3] [--steps 1000]
 One line of JSON per run goes to standard output.
@@ -18,17 +19,17 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from nowcast_lab.metatrain.data import Images, load
+from nowcast_proto.rules.horizon import horizon_schedule
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
 from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.graph.kernels import split_kernel
 from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.history import History
 from nowcast_service.nino.exact.engine import ExactEngine
-from nowcast_service.nino.horizon import horizon_schedule
 from nowcast_service.weights.registry import resolve_checkpoint
 from torch import Tensor, nn
 
-ARMS = ("alone", "left", "split", "single")
+ARMS = ("alone", "left", "kernels", "split", "single")
 ANY = 1 << 20
 PERIODS = 10
 
@@ -71,8 +72,8 @@ def graph_of(model: nn.Module, arm: str) -> NeuralGraph:
     """The neural graph an arm nowcasts with."""
     parameters = tuple(ParameterSpec(name=name, shape=tuple(p.shape)) for name, p in model.named_parameters())
     spec = ArchitectureSpec(family="sequential", parameters=parameters, wiring="faithful")
-    if arm == "left":
-        return build_graph(spec)
+    if arm in ("left", "kernels"):
+        return build_graph(spec, large="left" if arm == "left" else "split")
     whole = build_graph(spec, max_features=ANY)
     most = {"split": 9, "single": 1}[arm]
     small = 9  # kernels the checkpoint takes stay whole

@@ -37,8 +37,6 @@ LONG_FILES = {
     "client/nowcast_client/ranks/distributed.py",
     "lab/nowcast_lab/evaluate/run.py",
     "lab/nowcast_lab/metatrain/refine.py",
-    "service/nowcast_service/graph/families.py",
-    "service/nowcast_service/graph/wiring/build.py",
     "service/nowcast_service/http/routes.py",
     "service/nowcast_service/nino/exact/engine.py",
     "tests/bench/bench_engine.py",

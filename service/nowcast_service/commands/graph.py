@@ -37,7 +37,7 @@ def graph(
     ] = False,
     max_features: Annotated[int, typer.Option(min=1, help="Kernel positions the checkpoint takes per edge.")] = 9,
     large: Annotated[
-        Large, typer.Option(help="Split larger kernels into several edges, or leave them out of the graph.")
+        Large, typer.Option(help="Split larger convolution kernels into several edges, or leave them out.")
     ] = Large.SPLIT,
     uncovered: Annotated[
         Uncovered, typer.Option(help="Keep parameters outside the graph, or give them to the edge-wise predictor.")

@@ -2,8 +2,8 @@
 
 Such a kernel becomes several edges between the same two neurons, each with a run of its positions in row-major order,
 all runs about equally long. The checkpoint was never trained on parallel edges, so this is an approximation of what it
-knows; it is the default because networks gain by it (see the documentation of neural graphs, and
-``tests/bench/large_kernels.py``).
+knows. ``tests/bench/large_kernels.py`` is why convolutions are cut so and dense layers that read many pixels of a
+channel are not; the documentation of neural graphs has its figures.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def test_flattened_pixels_become_features_in_faithful_wiring():
     weight = torch.arange(80.0).reshape(5, 16)
     assert torch.equal(block.values.of(weight.reshape(-1), 4, 5), weight.reshape(5, 4, 4).transpose(0, 1))
     wide = spec_of("sequential", {"0.weight": (4, 3, 3, 3), "1.weight": (5, 64)}, wiring="faithful")
-    assert "16 kernel positions" in reasons(wide, large="left")["1.weight"]
+    assert "16 kernel positions" in reasons(wide)["1.weight"]
 
 
 def test_real_qwen3_heads_are_wider_than_hidden_over_heads():

@@ -44,7 +44,7 @@ def assemble(
         left: Parameters of which not even the neurons are known, with the reason.
         max_features: Kernel positions the checkpoint takes per edge.
         uncovered: What the coverage says of parameters outside the graph.
-        split: Split kernels with more positions instead of leaving them out.
+        split: Split convolution kernels with more positions instead of leaving them out.
     """
     blocks: list[Block] = []
     beside: list[Block] = []
@@ -57,7 +57,8 @@ def assemble(
             blocks.append(block)
             continue
         name, features = block.values.parameter, block.features
-        if one.block.left or (features > max_features and not split):
+        large = features > max_features and not (split and block.edge_type is EdgeType.CONV)
+        if one.block.left or large:
             beside.append(block)
             reasons.setdefault(
                 name,

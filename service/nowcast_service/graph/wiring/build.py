@@ -41,8 +41,9 @@ def build_graph(
         max_features: Kernel positions the checkpoint takes per edge.
         uncovered: What the coverage says of parameters outside the graph: ``left`` untouched, or for the
             ``edgewise`` predictor.
-        large: What becomes of kernels with more positions: ``split`` into several edges, or ``left`` out of the graph.
-            Published wiring knows no such edges and leaves them out in any case.
+        large: What becomes of convolution kernels with more positions: ``split`` into several edges, or ``left`` out of
+            the graph. Published wiring knows no such edges and leaves them out in any case, as are dense layers that
+            read more pixels of a channel.
         family: A table of your own, instead of the one ``spec.family`` names.
 
     Returns:
