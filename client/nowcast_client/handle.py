@@ -736,7 +736,8 @@ class Handle:
             self._reject(arrived.patch, "the model's parameters were replaced")
             return
         self._save()
-        apply(arrived.patch, stirring(self._layout, self._optimizers), self._backup, self._copies)
+        with arrived.window.trace.span("patch", step=self.step, horizon=arrived.patch.horizon):
+            apply(arrived.patch, stirring(self._layout, self._optimizers), self._backup, self._copies)
         self._release(arrived.window)
         self._patched(arrived.patch, first, arrived.found.stretch)
 

@@ -59,6 +59,7 @@ from nowcast_proto.version import (
 )
 
 from nowcast_client.errors import BadReply, HistoryLost, TransportError
+from nowcast_client.wire import traces
 from nowcast_client.wire.replies import M, check_reply, missing_steps, parsed, read_stream
 from nowcast_client.wire.transport import (
     WRITE_BYTES,
@@ -300,7 +301,7 @@ class Session:
         retry: Retry | None = None,
         timeout: float | None = None,
     ) -> T:
-        headers = {HEADER_SESSION: self.id}
+        headers = {HEADER_SESSION: self.id, **traces.headers()}
         make, length = None, 0
         if body is not None:
             headers["Content-Type"] = JSON_TYPE
@@ -327,7 +328,7 @@ class Session:
         start, attempt = 0, 0
         while True:
             attempt += 1
-            headers = {HEADER_SESSION: self.id, "Content-Type": MEDIA_TYPE, HEADER_DIGEST: digest}
+            headers = {HEADER_SESSION: self.id, "Content-Type": MEDIA_TYPE, HEADER_DIGEST: digest, **traces.headers()}
             if start:
                 headers[HEADER_OFFSET] = str(start)
             body = partial(encoder.chunks, start, WRITE_BYTES)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +29,7 @@ from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, views
 from nowcast_client.tensors.patch import Patch, Verified, verify
 from nowcast_client.tensors.snapshot import Ring, Slot, hold_still, movement
 from nowcast_client.wire.session import Frames, Session
+from nowcast_client.wire.traces import Root
 
 log = logging.getLogger("nowcast")
 
@@ -42,12 +43,14 @@ class Window:
         remote: Steps only the service holds (after a resume), older than the slots.
         moved: Largest norm of each tensor's change over one stride, as far as known.
         cancelled: Set when nobody wants the nowcast any more.
+        trace: Where it belongs in the training's traces.
     """
 
     slots: list[Slot] = field(default_factory=list)
     remote: tuple[int, ...] = ()
     moved: dict[str, float] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    trace: Root = field(default_factory=lambda: Root("nowcast.window"))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -134,7 +137,8 @@ class Uploader:
         self._keep_base = keep_base
         self.in_one_piece = False
         self.coverage: CoverageReport | None = None
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], AbstractContextManager[None]] | None]
+        self._jobs = queue.SimpleQueue()
         self._open_jobs = 0
         self._current: Window | None = None
         self._hands = threading.Lock()  # held where a window is dropped, and where a slot of one begins to be read
@@ -151,11 +155,11 @@ class Uploader:
     def snapshot(self, window: Window, slot: Slot) -> None:
         """Send a snapshot. The slot is already in the window."""
         older = window.slots[-2] if len(window.slots) > 1 else None
-        self._submit(lambda: self._snapshot(window, slot, older))
+        self._submit(lambda: self._snapshot(window, slot, older), window.trace.span("snapshot", step=slot.step))
 
     def ask(self, window: Window, job: NowcastJob) -> None:
         """Ask for the nowcast of a full window."""
-        self._submit(lambda: self._nowcast(window, job))
+        self._submit(lambda: self._nowcast(window, job), window.trace.span("ask", step=job.steps[-1], horizon=job.k))
 
     def open(self) -> None:
         """Open the session, so that the service says what it makes of the network before the first snapshot."""
@@ -182,8 +186,7 @@ class Uploader:
             window.slots = busy
         for slot in free:
             self._ring.release(slot)
-        if busy:
-            self._submit(lambda: self._release(window))
+        self._submit(lambda: self._leave(window))
 
     def verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
         """Tell the service what became of a nowcast."""
@@ -228,22 +231,24 @@ class Uploader:
 
     # ------------------------------------------------------- in the thread
 
-    def _submit(self, job: Callable[[], None]) -> None:
+    def _submit(self, job: Callable[[], None], around: AbstractContextManager[None] | None = None) -> None:
         if self._closing:
             return
         with self.arrived:
             self._open_jobs += 1
-        self._jobs.put(job)
+        self._jobs.put((job, around or nullcontext()))
 
     def _run(self) -> None:
         _step_back()
         while True:
-            job = self._jobs.get()
-            if job is None:
+            found = self._jobs.get()
+            if found is None:
                 break
+            job, around = found
             try:
                 if not self._closing:
-                    job()
+                    with around:
+                        job()
             finally:
                 with self._hands:
                     self._reading = ()
@@ -382,6 +387,10 @@ class Uploader:
                 raise DeadlineExceeded("nobody wants this snapshot any more")
             self._reading = (slot, *others)
         return slot.encode()
+
+    def _leave(self, window: Window) -> None:
+        self._release(window)
+        window.trace.end()
 
     def _release(self, window: Window) -> None:
         with self._hands:

@@ -25,7 +25,7 @@ from nowcast_proto.messages import (
     Verdict,
 )
 from nowcast_proto.trainings import Report
-from nowcast_proto.version import HEADER_INSTANCE, ROUTE_HEALTH, ROUTE_READY
+from nowcast_proto.version import HEADER_INSTANCE, ROUTE_HEALTH, ROUTE_READY, ROUTE_REPORTS, ROUTE_STATUS
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,6 +35,7 @@ from nowcast_service.http.reference import reference
 from nowcast_service.http.routes import router
 from nowcast_service.http.watching import PAGE
 from nowcast_service.http.watching import router as watching
+from nowcast_service.observe import traces
 from nowcast_service.observe.logs import FIELDS
 from nowcast_service.runtime.container import processors
 from nowcast_service.runtime.service import Service, version
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 OPEN_ROUTES = frozenset({ROUTE_HEALTH, ROUTE_READY, *PAGE})
 """Routes that need no key: probes, and the files of the page, which ask for one."""
+QUIET_ROUTES = OPEN_ROUTES | {ROUTE_REPORTS, ROUTE_STATUS}
+"""Routes that are asked every few seconds: where they succeed their log line is one for debugging."""
 _DOCUMENTED = (SessionCreate, NowcastJob, Verdict, Report, NowcastRequest, NowcastReplyHeader, SnapshotHeader)
 
 
@@ -134,7 +137,7 @@ class Gate:
             **({"error": code} if code else {}),
             **scope.get("path_params", {}),
         }
-        quiet = route in OPEN_ROUTES and status == 200
+        quiet = route in QUIET_ROUTES and status == 200
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={FIELDS: fields})
 
 
@@ -167,11 +170,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(service.settings.threads or processors())
+        traces.set_up()
         service.start()
         housekeeping = asyncio.create_task(service.keep_house())
         yield
         housekeeping.cancel()
         await service.save()
+        await asyncio.to_thread(traces.shut_down)
         service.stop()
 
     app = FastAPI(

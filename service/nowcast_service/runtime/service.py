@@ -17,6 +17,7 @@ from nowcast_proto.messages import CoverageReport
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.trainings import StatusReply
 
+from nowcast_service.observe import traces
 from nowcast_service.observe.metrics import Metrics
 from nowcast_service.predictors.base import Predictor
 from nowcast_service.predictors.graphs import Prepared
@@ -231,6 +232,7 @@ class Service:
             Busy: As many specs of this tenant as may wait are waiting.
         """
         label = self.catalogue.predictor(key).name
+        at = traces.here()
 
         # The job comes as an argument: a closure over it would be a cycle, and hold its tensors until it is collected.
         def count(job: Job[Prediction]) -> None:
@@ -243,6 +245,11 @@ class Service:
                 prediction = job.result()
                 self.metrics.stages.labels("compute").observe(prediction.compute)
                 self.metrics.stages.labels("output").observe(prediction.output)
+                if job.started is not None:
+                    waited = {"queue": job.started - job.enqueued}
+                    worked = {"compute": prediction.compute, "output": prediction.output}
+                    about = {"nowcast.predictor": label, "nowcast.parameters": spec.numel}
+                    traces.stages(at, time.monotonic(), waited | worked, about)
 
         try:
             after = self._ahead(place.tenant, key, spec)
