@@ -14,6 +14,7 @@ import pytest
 import torch
 from nowcast_proto.errors import InvalidCheckpoint, NotFound, TooLarge, Unavailable, UnreadableFile
 from nowcast_service.nino.checkpoint import save_checkpoint
+from nowcast_service.weights import download
 from nowcast_service.weights import registry as weights
 from nowcast_service.weights.registry import Published, blob_id, pull, resolve_checkpoint
 
@@ -138,7 +139,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(made, shelf):
 
 
 def test_a_later_run_goes_on_from_what_an_earlier_one_brought(made, shelf):
-    shelf.cuts = [1000] + [0] * weights.ATTEMPTS
+    shelf.cuts = [1000] + [0] * download.ATTEMPTS
     with pytest.raises(Unavailable, match="what has come so far is kept"):
         pull("made", pause=0.001)
     assert _cache() == [".made.pt.part"]
@@ -233,7 +234,7 @@ def test_what_the_server_can_answer_wrongly(made, shelf, monkeypatch):
     with pytest.raises(Unavailable, match="sent bytes from 7; expected from 100"):
         pull("made", pause=0.001)
     shelf.content_range = None
-    monkeypatch.setattr(weights, "MAX_BYTES", 1000)
+    monkeypatch.setattr(download, "MAX_BYTES", 1000)
     with pytest.raises(TooLarge, match="at most 1000"):
         pull("made")
     shelf.length = False
