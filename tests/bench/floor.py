@@ -37,7 +37,7 @@ class Floor:
         self._d = engine.config.hidden
         self._context = engine.config.context
         self._share = share
-        self._add_silu = engine._add_silu if compiled else None
+        self._add_silu = engine.network.add_silu if compiled else None
         self._nothing = torch.zeros(1, self._d).numpy()
         self._random = torch.Generator().manual_seed(0)
         self._square = self._draw(self._d * self._d).view(self._d, self._d)

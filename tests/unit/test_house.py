@@ -38,7 +38,6 @@ LONG_FILES = {
     "lab/nowcast_lab/evaluate/run.py",
     "lab/nowcast_lab/metatrain/refine.py",
     "service/nowcast_service/http/routes.py",
-    "service/nowcast_service/nino/exact/engine.py",
     "tests/bench/bench_engine.py",
     "tests/unit/client/test_hook.py",
     "tests/unit/ecosystem/test_corners.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numba
 import pytest
 import torch
-from nowcast_service.nino.exact import engine
+from nowcast_service.nino.exact import network
 from nowcast_service.nino.exact.engine import ExactEngine
 from numba.core.caching import CacheImpl
 from torch.nn.functional import silu
@@ -73,10 +73,10 @@ def test_engine_with_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch, act
         used += 1
         kernel(f, s, t)
 
-    kernel = engine._add_silu()
+    kernel = network.compiled_kernel()
     assert kernel is not None
     for replacement in (counted, None):
-        monkeypatch.setattr(engine, "_add_silu", lambda replacement=replacement: replacement)
+        monkeypatch.setattr(network, "compiled_kernel", lambda replacement=replacement: replacement)
         result = ExactEngine(checkpoint, threads=2).predict(graph, history, [3], positions=positions)[0]
         assert relative_error(result, expected, history) < 1e-4
     assert (used > 0) == (act == "silu")
@@ -85,17 +85,17 @@ def test_engine_with_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch, act
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The kernel is loaded anew, keeping what it compiles in a folder of its own."""
-    engine._add_silu()  # the real one, to be put back
+    network.compiled_kernel()  # the real one, to be put back
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, KERNELS)
-    engine._add_silu.cache_clear()
+    network.compiled_kernel.cache_clear()
     yield tmp_path / "cache"
     monkeypatch.undo()
-    engine._add_silu.cache_clear()
+    network.compiled_kernel.cache_clear()
 
 
 def works() -> bool:
-    kernel = engine._add_silu()
+    kernel = network.compiled_kernel()
     f, one = torch.ones(1, 1, 4), torch.ones(1, 4).numpy()
     assert kernel is not None
     kernel(f.numpy(), one, one)
@@ -110,9 +110,9 @@ def test_without_numba_it_says_so_once_and_goes_on(
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    with caplog.at_level(logging.DEBUG, logger=engine.__name__):
+    with caplog.at_level(logging.DEBUG, logger=network.__name__):
         for _ in range(2):
-            assert ExactEngine(random_checkpoint())._add_silu is None
+            assert ExactEngine(random_checkpoint()).network.add_silu is None
     assert caplog.text.count("no compiled kernel") == 1
 
 
@@ -123,7 +123,7 @@ def test_what_was_compiled_is_kept_and_a_broken_copy_does_no_harm(fresh: Path) -
     for path in kept:
         path.write_bytes(path.read_bytes()[:100])
     del sys.modules[KERNELS]
-    engine._add_silu.cache_clear()
+    network.compiled_kernel.cache_clear()
     assert works()
 
 

@@ -219,7 +219,7 @@ _NARROW = 32
 
 
 def strip_bytes(block: Block, sources: int, context: int) -> int:
-    """What strips of a block's transposed matrix take (see `engine_stream`), read in chunks of so many sources."""
+    """What strips of a block's transposed matrix take (see `stream`), read in chunks of so many sources."""
     if not isinstance(block.values, View) or not block.values.transposed:
         return 0
     rows, columns = block.values.transposed

@@ -8,8 +8,10 @@ anywhere. Only the wide products (hidden x hidden) are rounded; raw inputs, node
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Literal, get_args
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 from nowcast_proto.errors import InvalidRequest
@@ -83,19 +85,45 @@ class Products:
             torch.mm(a.bfloat16().float(), b, out=out)
 
 
-class _Tf32:
-    """Allow TF32 within a block, and put the process's own setting back; a GPU is driven by one thread."""
+class _Setting:
+    """A precision of float32 products that holds while anybody is inside, and is put back by the last one out.
 
-    def __init__(self) -> None:
-        self._before = False
+    Args:
+        backend: Where torch keeps it for one kind of device.
+        precision: ``ieee`` or ``tf32``.
+    """
+
+    def __init__(self, backend: Any, precision: str) -> None:
+        self._backend = backend
+        self._precision = precision
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ""
 
     def __enter__(self) -> None:
-        self._before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
+        with self._lock:
+            if not self._inside:
+                self._before = self._backend.fp32_precision
+                self._backend.fp32_precision = self._precision
+            self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self._before
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._backend.fp32_precision = self._before
 
 
-_TF32 = _Tf32()
+_TF32 = _Setting(torch.backends.cuda.matmul, "tf32")
+_FULL = {
+    "cuda": _Setting(torch.backends.cuda.matmul, "ieee"),
+    "cpu": _Setting(torch.backends.mkldnn.matmul, "ieee"),
+}
 _AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Whatever the process or the caller has set, float32 is float32: no TF32, no bfloat16, no autocast."""
+    with torch.autocast(device.type, enabled=False), _FULL.get(device.type, _AS_IT_IS):
+        yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -152,20 +153,36 @@ class Reader:
 
     def _transfer(self, views: Sequence[Tensor], columns: Tensor) -> None:
         """Host to device through pinned memory, without waiting for the device."""
-        stage = torch.empty(0, dtype=views[0].dtype)
+        stage: Tensor | None = None
         done = torch.cuda.Event()
         if len(self._staging) >= _IN_FLIGHT:
             stage, done = self._staging.popleft()
             done.synchronize()
-        numel = columns.numel()
-        if stage.numel() < numel or stage.dtype != views[0].dtype:
-            stage = torch.empty(numel, dtype=views[0].dtype, pin_memory=True)
-        host = stage[:numel].view(len(views), *views[0].shape)
-        for number, view in enumerate(views):
-            host[number].copy_(view)
+        stage, host = staged(views, stage, pinned=True)
         columns.copy_(host.to(self._device, non_blocking=True).movedim(0, -1))
-        done.record()
+        done.record(torch.cuda.current_stream(self._device))
         self._staging.append((stage, done))
+
+
+def staged(views: Sequence[Tensor], stage: Tensor | None, *, pinned: bool) -> tuple[Tensor, Tensor]:
+    """Values of several snapshots side by side, in a type that holds each of them exactly.
+
+    Args:
+        views: The values in each snapshot, of one shape; a snapshot may have a type of its own.
+        stage: A buffer to use again where it is large enough.
+        pinned: Whether the buffer is read by a device.
+
+    Returns:
+        The buffer, and its part that holds the values: (snapshots, *shape).
+    """
+    dtype = reduce(torch.promote_types, (view.dtype for view in views))
+    numel = sum(view.numel() for view in views)
+    if stage is None or stage.numel() < numel or stage.dtype != dtype:
+        stage = torch.empty(numel, dtype=dtype, pin_memory=pinned)
+    host = stage[:numel].view(len(views), *views[0].shape)
+    for number, view in enumerate(views):
+        host[number].copy_(view)
+    return stage, host
 
 
 class Writer:
@@ -202,7 +219,7 @@ class Writer:
             return None
         return access(block, view, [result[view.parameter].view(-1) for result in self._results])
 
-    def write(self, values: Access, part: Part, inputs: Tensor, outputs: Tensor) -> None:
+    def write(self, values: Access, block: Block, part: Part, inputs: Tensor, outputs: Tensor) -> None:
         """Un-scale the network's outputs and store them.
 
         With x the newest scaled snapshot and y the output, the prediction is (x + c y) s + m. As x (s + 1e-6) + m is
@@ -210,10 +227,14 @@ class Writer:
 
         Args:
             values: What `open` gave for the block of the edges.
+            block: The block.
             part: Which edges.
-            inputs: (I, J, features, context) standardised inputs.
-            outputs: (I, J, horizons, features), overwritten.
+            inputs: Standardised inputs, all (I, J, features, context) of them.
+            outputs: All (I, J, horizons, features) of them, overwritten.
         """
+        shape = (part.i1 - part.i0, part.j1 - part.j0)
+        inputs = inputs.view(*shape, block.features, -1)
+        outputs = outputs.view(*shape, len(self._results), block.features)
         scale = self._scales[values.parameter]
         if self._residual:
             outputs.mul_(scale.std * self._update_scale)
@@ -227,7 +248,7 @@ class Writer:
         host = torch.empty(outputs.shape, dtype=outputs.dtype, pin_memory=home.type == "cpu", device=home)
         host.copy_(outputs, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(outputs.device if outputs.is_cuda else home))
         self._pending.append((values, part, host, done))
         if len(self._pending) > _IN_FLIGHT:
             self._drain()
