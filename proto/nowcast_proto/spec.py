@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -129,6 +130,12 @@ class ArchitectureSpec(BaseModel):
     @cached_property
     def _digest(self) -> str:
         return hashlib.blake2b(self.canonical().encode(), digest_size=16).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; the copy has a digest of its own."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("_digest", None)
+        return copy
 
     @property
     def kind(self) -> str:

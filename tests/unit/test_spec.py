@@ -54,6 +54,14 @@ def test_the_order_of_parameters_is_part_of_the_digest():
     assert forward.digest() != backward.digest()
 
 
+def test_a_changed_copy_has_a_digest_of_its_own():
+    spec = ArchitectureSpec(family="sequential", parameters=({"name": "a", "shape": (2, 3)},))
+    before = spec.digest()
+    changed = spec.model_copy(update={"wiring": "faithful"})
+    assert changed.digest() == ArchitectureSpec.parse(changed.canonical()).digest() != before
+    assert spec.model_copy().digest() == before
+
+
 def test_the_digest_is_a_recorded_value():
     """A change here invalidates every cached graph and every session under way."""
     spec = ArchitectureSpec(family="gpt2", parameters=[{"name": "wte.weight", "shape": [3, 2]}], num_heads=1)
