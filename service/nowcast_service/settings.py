@@ -98,6 +98,15 @@ class Settings(BaseSettings):
         default=None, description="Checkpoint when a request names none: a registered name or a path on this machine."
     )
     device: str = Field(default="auto", description="Device to predict on: `auto`, `cpu`, `cuda` or `cuda:0`.")
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32",
+        description="Precision of the wide matrix products: `float32`, `tf32` (a CPU takes float32) or `bf16`.",
+    )
+    engine_memory: Size = Field(
+        default=ByteSize(_GIB),
+        description="Bytes a prediction may take on the device beyond snapshots and answer; a network that does not "
+        "fit is told how much it needs.",
+    )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=0,
         description="CPU threads of one prediction; 0 takes as many as the machine or container has processors.",

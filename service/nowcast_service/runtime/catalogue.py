@@ -12,6 +12,7 @@ from pathlib import Path
 from nowcast_proto.errors import InvalidCheckpoint, NotFound
 from nowcast_proto.messages import ModelInfo, PredictionFields
 
+from nowcast_service.nino.exact.products import Precision
 from nowcast_service.predictors import make_predictor, predictor_for
 from nowcast_service.predictors.base import Predictor
 from nowcast_service.predictors.graphs import Source
@@ -46,6 +47,8 @@ class Catalogue:
         default_predictor: Predictor used when a request names neither.
         threads: CPU threads of one prediction; None for PyTorch's choice.
         graphs: Where predictors have their graphs from; computed on the spot when None.
+        precision: Of wide matrix products.
+        memory_budget: Bytes a prediction may take beyond snapshots and answer; None for the engine's own default.
     """
 
     device: str = "cpu"
@@ -54,6 +57,8 @@ class Catalogue:
     default_predictor: str | None = None
     threads: int | None = None
     graphs: Source | None = None
+    precision: Precision = "float32"
+    memory_budget: int | None = None
     _made: dict[Key, Predictor] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -78,7 +83,16 @@ class Catalogue:
                 default = checkpoint_name(path)
                 files[default] = path
         device = device_named(settings.device, "NOWCAST_DEVICE")
-        catalogue = cls(device, files, default, settings.predictor, settings.threads or None, graphs)
+        catalogue = cls(
+            device,
+            files,
+            default,
+            settings.predictor,
+            settings.threads or None,
+            graphs,
+            settings.precision,
+            settings.engine_memory,
+        )
         catalogue.predictor(catalogue.resolve_default())
         return catalogue
 
@@ -141,7 +155,13 @@ class Catalogue:
                     loaded = resolve_checkpoint(self.files[checkpoint], fetch=False)
                     name = name or predictor_for(loaded)
                 self._made[key] = make_predictor(
-                    name, loaded, device=self.device, threads=self.threads, graphs=self.graphs
+                    name,
+                    loaded,
+                    device=self.device,
+                    threads=self.threads,
+                    graphs=self.graphs,
+                    precision=self.precision,
+                    memory_budget=self.memory_budget,
                 )
             return self._made[key]
 

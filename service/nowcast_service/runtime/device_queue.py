@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, NowcastError, TooLarge, Unavailable
+from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, NowcastError, Unavailable
 
 from nowcast_service.runtime.budget import Shares
 from nowcast_service.runtime.turns import Turns
@@ -348,5 +348,10 @@ def _caught(check: Check) -> NowcastError | None:
     return None
 
 
-def _no_memory() -> TooLarge:
-    return TooLarge("the nowcast does not fit into the memory of the device", remedy="use a smaller model or device")
+def _no_memory() -> Unavailable:
+    """What is short now may be free at the next nowcast: another process's, or another tenant's, may have taken it."""
+    return Unavailable(
+        "the memory of the device was short for this nowcast",
+        remedy="ask again; where it stays so, lower NOWCAST_ENGINE_MEMORY or use a device with more",
+        retry_after=5.0,
+    )

@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import CancelledError, Future
 
 import pytest
+import torch
 from nowcast_proto.errors import Busy, DeadlineExceeded, InternalError, InvalidSnapshot, TooLarge, Unavailable
 from nowcast_service.runtime.device_queue import Engine
 
@@ -211,8 +212,11 @@ def test_failures_are_typed_and_disclose_nothing(engine: Engine):
     with pytest.raises(InternalError) as caught:
         fails(RuntimeError("secret path /x")).result()
     assert "secret" not in str(caught.value)
-    with pytest.raises(TooLarge):
+    with pytest.raises(Unavailable) as short:
         fails(MemoryError()).result()
+    assert short.value.retry_after
+    with pytest.raises(Unavailable):
+        fails(torch.OutOfMemoryError("CUDA out of memory")).result()
     assert engine.submit(engine.admit("a"), lambda check: 1, seconds=60).result() == 1
 
 
