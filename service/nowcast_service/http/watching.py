@@ -27,7 +27,7 @@ from nowcast_proto.version import (
 from pydantic import TypeAdapter
 
 from nowcast_service.http.bodies import read_all
-from nowcast_service.http.routes import ServiceOf, SessionId, TenantOf
+from nowcast_service.http.routes.common import ServiceOf, SessionId, TenantOf
 from nowcast_service.runtime.trainings import Watched, Watcher
 
 PAGE = {
