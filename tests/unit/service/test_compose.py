@@ -1,0 +1,26 @@
+"""What the compose files hand on and bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_service_is_bounded_and_takes_every_setting():
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["nowcast"]
+    assert service["init"] is True
+    assert {"mem_limit", "cpus", "pids_limit"} <= set(service)
+    (file,) = service["env_file"]
+    assert (ROOT / file.removeprefix("${NOWCAST_ENV_FILE:-").removesuffix("}")).is_file()
+
+
+def test_keys_can_be_a_secret():
+    laid = yaml.safe_load((ROOT / "docker-compose.keys.yml").read_text())
+    service = laid["services"]["nowcast"]
+    (name,) = service["secrets"]
+    assert service["environment"]["NOWCAST_API_KEYS_FILE"] == f"/run/secrets/{name}"
+    assert name in laid["secrets"]
