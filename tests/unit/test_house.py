@@ -35,8 +35,6 @@ BEING_SPLIT = pytest.mark.xfail(strict=True, reason="being taken apart")
 LONG_FILES = {
     "client/nowcast_client/handle.py",
     "client/nowcast_client/ranks/distributed.py",
-    "lab/nowcast_lab/evaluate/run.py",
-    "lab/nowcast_lab/metatrain/refine.py",
     "service/nowcast_service/http/routes.py",
     "tests/bench/bench_engine.py",
     "tests/unit/client/test_hook.py",

@@ -189,8 +189,8 @@ def refine(
     from nowcast_service.weights.registry import resolve_checkpoint
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from nowcast_lab.metatrain.episodes import RefineConfig
     from nowcast_lab.metatrain.recipes import read_recipe
-    from nowcast_lab.metatrain.refine import RefineConfig
     from nowcast_lab.metatrain.refine import refine as run
 
     if threads:

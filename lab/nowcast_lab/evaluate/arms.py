@@ -112,7 +112,7 @@ class Arm(BaseModel):
         return base if self.predictor == "none" else f"{base} + {self._nowcasts()}"
 
     def _nowcasts(self) -> str:
-        name = self.predictor
+        name: str = self.predictor
         if self.checkpoint is not None:
             name += f" {Path(self.checkpoint).stem}"
         extras = [f"every {self.period}"]

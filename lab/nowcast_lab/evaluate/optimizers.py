@@ -30,7 +30,8 @@ class KernelMuon(torch.optim.Muon):
         """One step from the kernels' gradients."""
         for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.reshape(matrix.shape)
-        return super().step(closure)
+        result: float | None = super().step(closure)  # type: ignore[no-untyped-call]
+        return result
 
 
 class Optimizers:

@@ -223,7 +223,7 @@ def run(
         output = model(inputs)
         loss = cross_entropy(output.reshape(-1, output.shape[-1]), targets.reshape(-1))
         model.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizers.step(step - 1)
         value = float(loss.detach())
         tail.append(value)

@@ -139,12 +139,12 @@ def _cpu() -> Recipe:
         )
 
     def digits(arch: Arch, models: int, **fields: Any) -> Group:
-        defaults = {"lr": (1e-3, 2e-2), "every": 10, "steps": 1000, "batch": 32}
+        defaults: dict[str, Any] = {"lr": (1e-3, 2e-2), "every": 10, "steps": 1000, "batch": 32}
         return Group(**defaults | fields, arch=arch, source="digits", models=models)
 
     def text(arch: Arch, source: str, models: int, **fields: Any) -> Group:
         tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
-        defaults = {"lr": (4e-4, 1e-2), "every": 10, "steps": 1500, "batch": 8}
+        defaults: dict[str, Any] = {"lr": (4e-4, 1e-2), "every": 10, "steps": 1500, "batch": 8}
         return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}", models=models)
 
     return Recipe(
@@ -187,15 +187,15 @@ def _refine() -> Recipe:
     training in turn, as `refine` trains ten groups beside each other by default; two of them overfit."""
 
     def images(arch: Arch, source: str | None = None, **fields: Any) -> Group:
-        defaults = {"lr": (2e-3, 1.2e-2), "batch": 32, "models": 6}
+        defaults: dict[str, Any] = {"lr": (2e-3, 1.2e-2), "batch": 32, "models": 6}
         return Group(**defaults | fields, arch=arch, source=source or f"cifar10@{arch.size}")
 
     def text(arch: Arch, source: str, **fields: Any) -> Group:
         tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
-        defaults = {"lr": (1.5e-3, 1.2e-2), "batch": 8, "models": 6}
+        defaults: dict[str, Any] = {"lr": (1.5e-3, 1.2e-2), "batch": 8, "models": 6}
         return Group(**defaults | fields, arch=arch, source=f"{source}:{tokens}")
 
-    steep = {"lr": (4e-3, 1.6e-2), "warmup": 50, "schedules": ("constant", "cosine")}
+    steep: dict[str, Any] = {"lr": (4e-3, 1.6e-2), "warmup": 50, "schedules": ("constant", "cosine")}
     return Recipe(
         groups=(
             text(_gpt2(2, 24, 3, context=32), "shakespeare"),
@@ -228,15 +228,15 @@ def _strong() -> Recipe:
     decays: tuple[Schedule, ...] = ("linear", "cosine", "wsd")
 
     def images(arch: Arch, source: str | None = None, **fields: Any) -> Group:
-        defaults = {"batch": 48, "models": 3, "init": "he" if arch.kind == "convnet" else "torch"}
+        defaults: dict[str, Any] = {"batch": 48, "models": 3, "init": "he" if arch.kind == "convnet" else "torch"}
         return Group(**_MUON | defaults | fields, arch=arch, source=source or f"cifar10@{arch.size}")
 
     def text(arch: Arch, source: str, **fields: Any) -> Group:
         tokens = "bytes" if arch.vocabulary == 256 else f"words{arch.vocabulary}"
-        defaults = {"lr": (1e-2, 5e-2), "batch": 8, "models": 3}
+        defaults: dict[str, Any] = {"lr": (1e-2, 5e-2), "batch": 8, "models": 3}
         return Group(**_MUON | defaults | fields, arch=arch, source=f"{source}:{tokens}")
 
-    adamw = {"optimizer": "adamw", "betas": (0.9, 0.99), "warmup": 0.1, "schedules": decays}
+    adamw: dict[str, Any] = {"optimizer": "adamw", "betas": (0.9, 0.99), "warmup": 0.1, "schedules": decays}
     return Recipe(
         groups=(
             images(_conv(10, 20, 24)),

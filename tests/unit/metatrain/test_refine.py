@@ -16,19 +16,12 @@ import pytest
 import torch
 from nowcast_lab.metatrain.collect import batches, draw_trainings, initial_parameters
 from nowcast_lab.metatrain.data import Text, load
+from nowcast_lab.metatrain.episodes import Episode, Outcome, RefineConfig, loss_gradients
 from nowcast_lab.metatrain.errors import InvalidRecipe, InvalidTrajectories
 from nowcast_lab.metatrain.graphs import prepare
+from nowcast_lab.metatrain.lessons import CLIP, displacement, lesson
 from nowcast_lab.metatrain.recipes import Group, Recipe, read_recipe
-from nowcast_lab.metatrain.refine import (
-    CLIP,
-    Episode,
-    Outcome,
-    RefineConfig,
-    displacement,
-    lesson,
-    loss_gradients,
-    refine,
-)
+from nowcast_lab.metatrain.refine import refine
 from nowcast_lab.metatrain.train import TrainConfig, basis, exported, imported, initial_network
 from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import Unavailable, UnreadableFile

@@ -8,9 +8,9 @@ import lzma
 from pathlib import Path
 
 import pytest
+from nowcast_lab.metatrain.episodes import RefineConfig
 from nowcast_lab.metatrain.heldout import why_held_out
 from nowcast_lab.metatrain.recipes import Recipe, read_recipe
-from nowcast_lab.metatrain.refine import RefineConfig
 from nowcast_lab.metatrain.store import Manifest, TrajectoryStore
 from nowcast_service.weights.registry import DEFAULT, SHIPPED, resolve_checkpoint, shipped_path
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from nowcast_lab.metatrain.episodes import RefineConfig
 from nowcast_lab.metatrain.recipes import Group, Recipe
-from nowcast_lab.metatrain.refine import RefineConfig, refine
+from nowcast_lab.metatrain.refine import refine
 from nowcast_lab.metatrain.widen import widen
 from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.errors import InvalidCheckpoint
