@@ -230,7 +230,6 @@ def test_rules_are_written_once() -> None:
     assert {rule: found for rule, found in homes.items() if len(found) != 1} == {}
 
 
-@BEING_SPLIT
 def test_experiments_use_the_rules_that_ship() -> None:
     """What an evaluation reports is what a user gets only where both follow the same rule."""
     own = [

@@ -32,7 +32,7 @@ from nowcast_lab.evaluate.averages import Averages
 from nowcast_lab.evaluate.measure import batches, evaluate
 from nowcast_lab.evaluate.optimizers import Optimizers
 from nowcast_lab.evaluate.tasks import Task
-from nowcast_lab.evaluate.trial import Trial
+from nowcast_lab.evaluate.trial import OnTrial
 from nowcast_lab.metatrain.data import Images, Text
 from nowcast_lab.metatrain.zoo import initialised
 
@@ -99,7 +99,7 @@ class Nowcasts:
         self._horizons = horizon_schedule(steps, arm.period, farthest=arm.farthest, power=arm.power)
         self._snapshots: deque[dict[str, Tensor]] = deque(maxlen=arm.context)
         self._state: State = {}
-        self._trial = Trial(model, optimizers, arm.period, steps) if arm.verdict == "trial" else None
+        self._trial = OnTrial(model, optimizers, arm.period, steps) if arm.verdict == "trial" else None
         self._peak = Peak(device)
         self.made = self.kept = 0
 

@@ -11,7 +11,7 @@ from torch import nn
 from nowcast_lab.evaluate.optimizers import Optimizers
 
 
-class Trial:
+class OnTrial:
     """Watches a training, undoes nowcasts that do not come back, and says when none should be made.
 
     Args:

@@ -134,9 +134,8 @@ def _cpu() -> Recipe:
 
     def images(arch: Arch, models: int, **fields: Any) -> Group:
         source = f"cifar10@{arch.size}"
-        return Group(
-            **{"lr": (7e-4, 1.5e-2), "every": 10, "steps": 1500} | fields, arch=arch, source=source, models=models
-        )
+        defaults: dict[str, Any] = {"lr": (7e-4, 1.5e-2), "every": 10, "steps": 1500}
+        return Group(**defaults | fields, arch=arch, source=source, models=models)
 
     def digits(arch: Arch, models: int, **fields: Any) -> Group:
         defaults: dict[str, Any] = {"lr": (1e-3, 2e-2), "every": 10, "steps": 1000, "batch": 32}

@@ -145,15 +145,6 @@ def refine(
                 writer.add_scalar(name, number, update)
             if update % save_every == 0 or update == end:
                 more = {"episodes": episodes, "average": averaged.state_dict()}
-                save(
-                    out,
-                    update,
-                    twin,
-                    change,
-                    optimizer,
-                    identity,
-                    values,
-                    more,
-                    checkpoint_of=cast(NiNoTwin, averaged.module),
-                )
+                smooth = cast(NiNoTwin, averaged.module)
+                save(out, update, twin, change, optimizer, identity, values, more, checkpoint_of=smooth)
     return values
