@@ -13,8 +13,9 @@ from nowcast_client.wire.api import AsyncNowcastClient, NowcastClient
 
 if TYPE_CHECKING:
     from nowcast_client.handle import Event, Handle, attach
+    from nowcast_client.network.derive import derive_spec
 
-__all__ = ["AsyncNowcastClient", "Event", "Handle", "NowcastClient", "TrialSettings", "attach"]
+__all__ = ["AsyncNowcastClient", "Event", "Handle", "NowcastClient", "TrialSettings", "attach", "derive_spec"]
 
 _LAZY = ("Event", "Handle", "attach")
 
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from nowcast_client import handle as hook
 
         return getattr(hook, name)
+    if name == "derive_spec":
+        from nowcast_client.network import derive
+
+        return derive.derive_spec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ chain. Anything else is refused with the reason, because a wrong graph would be 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,9 @@ from nowcast_client.network.recognise import RULES, heads_of, recognise, told_ty
 
 UNKNOWN_FAMILY = "unknown"
 """Family of a network nothing is known of: for predictors that need no graph."""
+
+Example = tuple[Sequence[Any], Mapping[str, Any]]
+"""(positional, keyword) inputs of one forward pass."""
 
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Name parts that torch.compile, activation checkpointing and FSDP put between a module and its parameters."""
@@ -56,14 +59,20 @@ def unwrapped(model: Any) -> Any:
 def derive_spec(
     model: Module,
     *,
+    example: Example | None = None,
     include_frozen: bool = False,
     table: DeclaredTable | str | Path | None = None,
     unknown: Literal["refuse", "edgewise"] = "refuse",
 ) -> ArchitectureSpec:
     """The spec of a live module.
 
+    With an example of its inputs any network is taken: one forward pass is traced, the wiring that comes of it is
+    proven on the live weights, and the spec carries it. A network of a family with published wiring keeps that where
+    the trace agrees with it. Without an example only names and shapes can tell, and only known families are taken.
+
     Args:
         model: A ``torch.nn.Module``; wrappers around it are looked through.
+        example: (positional, keyword) inputs of one forward pass; what a trace is made of.
         include_frozen: Also list parameters that do not require gradients.
         table: How to wire the network, where no family does: a `DeclaredTable` or the path of its JSON document.
         unknown: What becomes of a network no family fits: ``refuse`` it, or give it the family ``unknown``, which
@@ -74,9 +83,24 @@ def derive_spec(
         InvalidSpec: The table is malformed.
         UnreadableFile: The table cannot be read.
     """
+    if example is not None and table is None:
+        from nowcast_client.network.wired import wire
+
+        return wire(model, *example, include_frozen=include_frozen).spec
+    return named_spec(model, include_frozen=include_frozen, table=table, unknown=unknown)
+
+
+def named_spec(
+    model: Module,
+    *,
+    include_frozen: bool = False,
+    table: DeclaredTable | str | Path | None = None,
+    unknown: Literal["refuse", "edgewise"] = "refuse",
+) -> ArchitectureSpec:
+    """The spec as names, shapes and the config tell it; see `derive_spec`."""
     bare = unwrapped(model)
     config = getattr(bare, "config", None)
-    shapes, frozen, ties = _tensors(model)
+    shapes, frozen, ties = tensors_of(model)
     if isinstance(table, str | Path):
         table = DeclaredTable.read(table)
     heads: dict[str, int] = {}
@@ -120,7 +144,7 @@ def derive_spec(
     return spec if table is None else wired_spec(spec, table)
 
 
-def _tensors(model: Module) -> tuple[dict[str, tuple[int, ...]], list[str], dict[str, str]]:
+def tensors_of(model: Module) -> tuple[dict[str, tuple[int, ...]], list[str], dict[str, str]]:
     """Shapes by plain name, which of them are frozen, and aliases of tied tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     frozen: list[str] = []
@@ -160,7 +184,8 @@ def _unknown(bare: Any, config: Any, shapes: dict[str, tuple[int, ...]], problem
         + f"; nor is it a plain chain of layers: {problem}",
         expected="a network of " + ", ".join(sorted({rule.family for rule in RULES})) + ", or a plain chain of linear, "
         "convolution and normalisation layers",
-        remedy="pass spec=derive_spec(model, table='your-table.json') to say how it is wired, "
+        remedy="pass spec=derive_spec(model, example=(args, kwargs)) with inputs of one forward pass: any network can "
+        "be traced; or spec=derive_spec(model, table='your-table.json') to say how it is wired, "
         "spec=ArchitectureSpec(...) if you know the family that wires it, or spec=derive_spec(model, "
         "unknown='edgewise') with a predictor that needs no graph",
     )

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nowcast_proto.errors import NowcastError
 from nowcast_proto.reference import load_function
 
-from nowcast_client.network.derive import derive_spec
+from nowcast_client.network.derive import Example, derive_spec
 
 FAILED = 2
+
+
+def with_example(built: Any) -> tuple[Any, Example | None]:
+    """A network and its example inputs, as a function gives them.
+
+    Args:
+        built: The model; (model, inputs) with one tensor, a sequence of positional or a mapping of keyword inputs; or
+            (model, positional, keyword).
+    """
+    if not isinstance(built, tuple):
+        return built, None
+    model, *inputs = built
+    if len(inputs) == 2 and isinstance(inputs[1], Mapping):
+        return model, (tuple(inputs[0]), inputs[1])
+    if len(inputs) != 1:
+        return model, None
+    if isinstance(inputs[0], Mapping):
+        return model, ((), inputs[0])
+    return model, (tuple(inputs[0]) if isinstance(inputs[0], tuple | list) else (inputs[0],), {})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--include-frozen", action="store_true", help="list parameters that do not train as well")
     given = parser.parse_args(arguments)
     try:
-        built = load_function(given.model)()
-        model = built[0] if isinstance(built, tuple) else built
-        spec = derive_spec(model, include_frozen=given.include_frozen, table=given.table)
+        model, example = with_example(load_function(given.model)())
+        spec = derive_spec(model, example=example, include_frozen=given.include_frozen, table=given.table)
     except NowcastError as error:
         sys.stderr.write("\n" + error.body().model_dump_json() + "\n")
         return FAILED
