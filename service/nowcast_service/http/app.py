@@ -33,8 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nowcast_service.http.errors import error_response, install
 from nowcast_service.http.reference import reference
 from nowcast_service.http.routes import router
-from nowcast_service.http.watching import PAGE
-from nowcast_service.http.watching import router as watching
+from nowcast_service.http.routes.trainings import PAGE
 from nowcast_service.observe import traces
 from nowcast_service.observe.logs import FIELDS
 from nowcast_service.runtime.container import processors
@@ -191,7 +190,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
-    app.include_router(watching)
     app.add_api_route("/docs", partial(_docs, app), include_in_schema=False)
     install(app)
     app.add_middleware(Gate, service=service)

@@ -17,10 +17,11 @@ from nowcast_proto.messages import CoverageReport
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.trainings import StatusReply
 
+from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.observe import traces
 from nowcast_service.observe.metrics import Metrics
 from nowcast_service.predictors.base import Predictor
-from nowcast_service.predictors.graphs import Prepared
+from nowcast_service.predictors.graphs import Needs, Prepared
 from nowcast_service.runtime.answer import PROBE, Prediction, probe
 from nowcast_service.runtime.archive import Archive
 from nowcast_service.runtime.budget import Budget, Shares
@@ -223,6 +224,15 @@ class Service:
             found = found or (report if need.uncovered else None)
         return found
 
+    async def graph(self, tenant: str, spec: ArchitectureSpec) -> NeuralGraph:
+        """The neural graph of a spec, as the default predictor has it where it looks at one.
+
+        Raises:
+            NowcastError: There can be none, or none that is worked out within bounds.
+        """
+        needs = (await self.predictor(self.catalogue.resolve_default())).needs or (Needs(max_features=9),)
+        return (await asyncio.wrap_future(self.specs.prepare(tenant, spec, needs[0]))).graph
+
     def submit(
         self, place: Place, key: Key, spec: ArchitectureSpec, work: Callable[[Check], Prediction], *, seconds: float
     ) -> Job[Prediction]:
@@ -248,7 +258,7 @@ class Service:
                 if job.started is not None:
                     waited = {"queue": job.started - job.enqueued}
                     worked = {"compute": prediction.compute, "output": prediction.output}
-                    about = {"nowcast.predictor": label, "nowcast.parameters": spec.numel}
+                    about: dict[str, str | int] = {"nowcast.predictor": label, "nowcast.parameters": spec.numel}
                     traces.stages(at, time.monotonic(), waited | worked, about)
 
         try:

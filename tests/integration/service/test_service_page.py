@@ -148,6 +148,15 @@ def test_movement_of_real_snapshots(serve: Serve, page: Any) -> None:
     assert told["movements"] == [{"step": 200, "moved": pytest.approx(moved, rel=1e-4)}]
 
 
+def test_the_neural_graph_is_drawn(serve: Serve, page: Any) -> None:
+    server = serve()
+    with opened(server):
+        page.goto(f"{server.url}/#{RUN}")
+        page.click("#graph-show")
+        page.wait_for_selector("#graph svg[aria-label*='ranges']")
+    assert page.locator("#graph rect").count() == 3  # 8, 16 and 4 neurons
+
+
 def test_keys_are_asked_for_and_keep_trainings_apart(serve: Serve, page: Any) -> None:
     """Without a key nothing is shown; with one, that key's trainings."""
     keys = {"ann": "ann-has-a-long-key", "ben": "ben-has-a-long-key"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from nowcast_service.http.routes import oneshot, operations, sessions
+from nowcast_service.http.routes import oneshot, operations, sessions, trainings
 
 router = APIRouter()
-for part in (oneshot, sessions, operations):
+for part in (oneshot, sessions, trainings, operations):
     router.include_router(part.router)

@@ -14,20 +14,21 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from nowcast_proto.errors import ErrorBody, NotFound
-from nowcast_proto.messages import read_json
-from nowcast_proto.trainings import Report, ReportReply, StatusReply, Training, TrainingsReply
+from nowcast_proto.trainings import GraphReply, Report, ReportReply, StatusReply, Training, TrainingsReply
 from nowcast_proto.version import (
     ID_PATTERN,
     ROUTE_REPORTS,
     ROUTE_STATUS,
     ROUTE_TRAINING,
+    ROUTE_TRAINING_GRAPH,
     ROUTE_TRAININGS,
     ROUTE_WATCH,
 )
 from pydantic import TypeAdapter
 
-from nowcast_service.http.bodies import read_all
-from nowcast_service.http.routes.common import ServiceOf, SessionId, TenantOf
+from nowcast_service.graph.picture import picture
+from nowcast_service.http.bodies import read_model
+from nowcast_service.http.routes.common import SMALL, ServiceOf, SessionId, TenantOf
 from nowcast_service.runtime.trainings import Watched, Watcher
 
 PAGE = {
@@ -87,8 +88,7 @@ _add_page()
 )
 async def post_report(request: Request, service: ServiceOf, tenant: TenantOf, name: SessionId) -> ReportReply:
     """Take losses and events of a training, for those who watch it. Nothing is predicted from them."""
-    body = await read_all(request, cap=int(service.settings.max_json), idle=service.settings.upload_idle)
-    report = await asyncio.to_thread(read_json, Report, body)
+    report = await read_model(request, service, tenant, Report, cap=SMALL)
     service.board.report(tenant, name, report)
     return ReportReply(training=name)
 
@@ -132,6 +132,15 @@ def _csv(training: Training) -> str:
     rows.sort(key=lambda row: row[0])
     lines.writerows(rows)
     return text.getvalue()
+
+
+@router.get(ROUTE_TRAINING_GRAPH, tags=["trainings"], summary="Its neural graph", response_model=GraphReply)
+async def get_training_graph(service: ServiceOf, tenant: TenantOf, training: TrainingId) -> GraphReply:
+    """The neural graph by ranges of neurons, for a drawing."""
+    spec = service.board.get(tenant, training).spec
+    if spec is None:
+        raise NotFound("of trainings of an earlier process the graph is not kept")
+    return picture(await service.graph(tenant, spec))
 
 
 @router.get(
