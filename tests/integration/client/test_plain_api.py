@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from nowcast_client import AsyncNowcastClient, NowcastClient
 from nowcast_client.errors import ConnectFailed
-from nowcast_proto.errors import InvalidSnapshot
+from nowcast_lab.evaluate.remote import Remote
+from nowcast_proto.errors import InvalidSnapshot, Unauthorized
 from nowcast_proto.messages import HealthReply, ModelsReply
 from nowcast_proto.spec import ArchitectureSpec
 
@@ -112,3 +114,18 @@ async def _ready(url: str) -> HealthReply:
 def test_every_answer_says_which_process_gave_it(server: Server) -> None:
     answers = [httpx.get(server.url + path, trust_env=False) for path in ("/healthz", "/v1/models", "/no/such/route")]
     assert len({answer.headers["nowcast-instance"] for answer in answers}) == 1
+
+
+def test_an_evaluation_asks_a_server_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the one client there is; the key comes from the environment, as for everybody."""
+    server = Server(tmp_path, environment={"NOWCAST_API_KEY": "a long enough secret".replace(" ", "-")}).start()
+    snapshots = [{name: torch.from_numpy(array) for name, array in one.items()} for one in STRAIGHT]
+    try:
+        with pytest.raises(Unauthorized):
+            Remote(server.url, "linear", None)(SPEC, snapshots, 2, {})
+        monkeypatch.setenv("NOWCAST_API_KEY", "a-long-enough-secret")
+        found, state = Remote(server.url, "linear", None)(SPEC, snapshots, 2, {})
+    finally:
+        server.stop()
+    assert _is_continued({name: tensor.numpy() for name, tensor in found.items()}, 2)
+    assert state == {}
