@@ -69,7 +69,7 @@ class Floor:
 
     def _listed(self) -> Iterator[Callable[[], int]]:
         for group in self._plan.groups:
-            for a, b in spans(sum(block.n_edges for block in group), self._plan.rows // 2):
+            for a, b in spans(sum(block.n_edges for block in group), self._plan.tiling.rows // 2):
                 yield partial(self._edges, group[0], b - a)
 
     def _draw(self, numel: int) -> Tensor:

@@ -20,10 +20,7 @@ from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.exact import plan as engine_plan
-from nowcast_service.nino.exact import products
 from nowcast_service.nino.exact.engine import ExactEngine
-from nowcast_service.nino.exact.products import Precision
-from nowcast_service.nino.exact.stream import staged
 from nowcast_service.nino.model import NiNoTwin
 from torch import Tensor
 
@@ -229,70 +226,6 @@ def test_bf16_products_cost_accuracy_and_no_more_than_that() -> None:
     full = ExactEngine(checkpoint).predict(graph, history, [2], positions=positions)[0]
     half = ExactEngine(checkpoint, precision="bf16").predict(graph, history, [2], positions=positions)[0]
     assert 1e-5 < update_difference(full, half, history) < 3e-2
-
-
-@pytest.mark.parametrize("input_layer", ["linear", "mlp"])
-def test_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch, input_layer: str) -> None:
-    """Every weight that meets hidden vectors comes rounded; PyTorch multiplies bfloat16 on any CPU, if slowly."""
-    monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
-    graph = random_graph(11, blocks=2, largest=60)
-    history, positions = random_history(graph.spec), random_positions(graph)
-    checkpoint = random_checkpoint(input_layer=input_layer)
-    engine = ExactEngine(checkpoint, precision="bf16")
-    assert [weight.dtype for weight in engine.network.level_weights[1:]] == [torch.bfloat16] * (
-        len(engine.network.level_weights) - 1
-    )
-    half = engine.predict(graph, history, [2], positions=positions)[0]
-    assert relative_error(half, by_twin(checkpoint, graph, history, [2], positions)[0], history) < 5e-2
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_callers_autocast_changes_nothing(precision: Precision) -> None:
-    graph = random_graph(12, blocks=2, largest=60)
-    history, positions = random_history(graph.spec), random_positions(graph)
-    checkpoint = random_checkpoint()
-
-    def predict() -> dict[str, Tensor]:
-        engine = ExactEngine(checkpoint, precision=precision, threads=1)
-        return engine.predict(graph, history, [2], positions=positions)[0]
-
-    expected = predict()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = predict()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def test_the_process_keeps_its_own_precision() -> None:
-    """Products are in float32 while the engine works, whatever the process has set, and that is put back."""
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    graph = random_graph(13, blocks=2, largest=60)
-    seen: list[str] = []
-    try:
-        setting.fp32_precision = "bf16"
-        ExactEngine(random_checkpoint()).predict(
-            graph,
-            random_history(graph.spec),
-            [1],
-            positions=random_positions(graph),
-            progress=lambda done, total: seen.append(setting.fp32_precision),
-        )
-        assert set(seen) == {"ieee"}
-        assert setting.fp32_precision == "bf16"
-    finally:
-        setting.fp32_precision = before
-
-
-def test_snapshots_of_several_types_keep_their_digits_on_the_way_to_a_device() -> None:
-    fine = torch.tensor([[1.0 + 2**-20, 3.0]])
-    views = [fine.bfloat16(), fine, fine.half()]
-    stage, host = staged(views, None, pinned=False)
-    assert [torch.equal(held, view.float()) for held, view in zip(host, views, strict=True)] == [True] * 3
-    again, _ = staged(views, stage, pinned=False)
-    assert again is stage
-    wider, _ = staged([fine.double()], stage, pinned=False)
-    assert wider.dtype == torch.float64
 
 
 def test_tf32_is_float32_on_a_cpu() -> None:

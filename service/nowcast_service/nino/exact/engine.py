@@ -31,15 +31,12 @@ from nowcast_service.history import History
 from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.config import NiNoConfig
 from nowcast_service.nino.exact.network import Network
-from nowcast_service.nino.exact.plan import AHEAD, Plan
+from nowcast_service.nino.exact.plan import AHEAD, ON_CPU, ON_DEVICE, Plan
 from nowcast_service.nino.exact.products import Precision, plain_arithmetic
 from nowcast_service.nino.exact.run import Progress, Run
 from nowcast_service.nino.exact.workers import Workers
 
 DEFAULT_BUDGET = 1 << 30
-_ROWS_ON_CPU = 2048
-"""Edges per tile and CPU thread: at d = 128 1 MiB per vector, a few of which stay in cache."""
-_ROWS_ON_DEVICE = 1 << 17
 
 
 class ExactEngine:
@@ -105,7 +102,7 @@ class ExactEngine:
             levels=len(self.network.weights.levels),
             horizons=horizons,
             workers=(self._threads or torch.get_num_threads()) if on_cpu else 1,
-            rows=_ROWS_ON_CPU if on_cpu else _ROWS_ON_DEVICE,
+            tiling=ON_CPU if on_cpu else ON_DEVICE,
             budget=self.memory_budget,
         )
 

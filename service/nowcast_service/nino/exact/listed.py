@@ -53,14 +53,14 @@ class Listed:
             start = end
 
     def messages(self, a: int, b: int, conv: Convolution, x: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Messages of edges a … b: (edges, index (E, d) of the target rows, (E, d))."""
+        """Messages of edges a … b: (edges, target rows (E,), (E, d))."""
         block = self.blocks[0]
         f = self.climb(self.network.weights.levels[: conv.level + 1], a, b)
         y = conv.bias.repeat(b - a, 1)
         self._add_terms(y, x, conv.source, conv.target, a, b)
         y.mul_(torch.addmm(of_type(conv.scale_const, block), f, conv.scale[: f.shape[1]]))
         y.addmm_(f, conv.shift[: f.shape[1]]).add_(of_type(conv.shift_const, block))
-        return b - a, self.target[a:b, None].expand_as(y), y
+        return b - a, self.target[a:b], y
 
     def climb(self, levels: Sequence[Level], a: int, b: int) -> Tensor:
         """(E, d) feature of edges a … b at the last of some levels, or their (E, C) raw inputs."""
@@ -71,3 +71,24 @@ class Listed:
                 self._add_terms(f, self.x[level.nodes], level.source, level.target, a, b)
             self.network.activate(f)
         return f
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add each row to the one it belongs to: the same to the bit every time, on every device.
+
+    Args:
+        total: (N, d), changed in place.
+        index: (E,) row of ``total`` for each of ``rows``; any of them may come several times.
+        rows: (E, d).
+    """
+    if total.device.type == "cpu":
+        total.scatter_add_(0, index[:, None].expand_as(rows), rows)
+    else:
+        add_sorted(total, index, rows)
+
+
+def add_sorted(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`add_rows` where a scatter adds in the order its threads arrive: rows of one target are summed first."""
+    order = torch.argsort(index, stable=True)
+    wanted, lengths = torch.unique_consecutive(index[order], return_counts=True)
+    total[wanted] += torch.segment_reduce(rows[order], "sum", lengths=lengths, axis=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,18 +22,11 @@ THIN = 8
 """Blocks with fewer sources or targets than this are listed edge by edge."""
 SMALL = 1024
 """So are blocks with fewer edges than this."""
-CHUNK = 192
-"""Sources per chunk at most: the inner dimension of the cross term's product, long enough to run at full speed."""
-ROW = 64
-"""Targets per tile of the output pass, where there is no such product and long rows are read fastest."""
 READ = 4
 """Tiles read and written together: that takes many small operations, whose fixed costs are shared so."""
 AHEAD = 4
 """Tasks per worker handed out before the oldest of them is done."""
 _PAGE = 4096
-PANEL = 192
-"""Targets per panel at most: enough to spread the terms of a chunk's sources over, few enough for the matrices of the
-cross term (12 MB at d = 128) to stay in a shared cache."""
 OUTER = 128
 """From this many sources on the cross term is cheaper by outer products (one d x d matrix per target, summed over
 sources by the product itself) than by a d-wide product per edge."""
@@ -42,6 +35,33 @@ STRIP = 16
 _FLOAT = 4
 _LISTED = 16
 """Bytes per listed edge for its source and target (int64)."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes that run fastest on a kind of device, before the memory budget is looked at.
+
+    Attributes:
+        rows: Edges per tile at most.
+        chunk: Sources per chunk at most: the inner dimension of the cross term's product, long enough to run at full
+            speed.
+        panel: Targets per panel at most: enough to spread the terms of a chunk's sources over.
+        row: Targets per tile of the output pass, where there is no such product and long rows are read fastest.
+        paged: Whether sources a whole number of pages apart contend for the same lines of a cache.
+    """
+
+    rows: int
+    chunk: int
+    panel: int
+    row: int
+    paged: bool
+
+
+ON_CPU = Tiling(rows=2048, chunk=192, panel=192, row=64, paged=True)
+"""At d = 128 a vector per edge takes 1 MiB a tile, a few of which stay in a cache, and the matrices of the cross term
+12 MB, which stay in a shared one."""
+ON_DEVICE = Tiling(rows=1 << 19, chunk=512, panel=1024, row=1024, paged=False)
+"""A GPU wants few launches with much in each."""
 
 
 class Part(NamedTuple):
@@ -76,8 +96,7 @@ class Plan:
         dense: Blocks walked in tiles.
         groups: Listed blocks, grouped by edge type, kernel size and whether they carry weights.
         workers: Threads that each have a tile of their own under way.
-        rows: Edges per tile at most.
-        panel: Targets per panel at most.
+        tiling: Sizes of tiles, within the budget.
         width: Hidden width d.
         bytes: What all of the engine's buffers take at most, beyond snapshots, weights and results.
     """
@@ -85,8 +104,7 @@ class Plan:
     dense: tuple[Block, ...]
     groups: tuple[tuple[Block, ...], ...]
     workers: int
-    rows: int
-    panel: int
+    tiling: Tiling
     width: int
     bytes: int
 
@@ -101,7 +119,7 @@ class Plan:
         levels: int,
         horizons: int,
         workers: int,
-        rows: int,
+        tiling: Tiling,
         budget: int,
     ) -> Plan:
         """Choose tile sizes that keep to the budget.
@@ -114,7 +132,7 @@ class Plan:
             levels: Activations along the edge chain.
             horizons: Horizons asked for.
             workers: Threads that work on tiles at the same time.
-            rows: Edges per tile that run fastest.
+            tiling: Sizes that run fastest.
             budget: Bytes.
 
         Raises:
@@ -136,11 +154,11 @@ class Plan:
         fixed += results
         features = max((block.features for block in dense), default=1)
         per_row = _FLOAT * (READ * features * (context + 2 * horizons) + 6 * width)
-        strips = max((strip_bytes(block, CHUNK, context) for block in dense), default=0)
+        strips = max((strip_bytes(block, tiling.chunk, context) for block in dense), default=0)
         matrix = _FLOAT * width * max(width, features * context)
 
         def size(workers: int, rows: int, panel: int) -> int:
-            terms = _FLOAT * (levels + 4) * width * (panel + CHUNK)
+            terms = _FLOAT * (levels + 4) * width * (panel + tiling.chunk)
             waiting = (
                 (AHEAD * workers + 1) * _FLOAT * max(panel, rows // 2) * width
             )  # results of regions, until it is their turn
@@ -154,10 +172,13 @@ class Plan:
                 remedy="raise the memory budget",
                 detail={"budget": budget, "needed": smallest},
             )
-        panel = PANEL
+        rows, panel = tiling.rows, tiling.panel
         while size(workers, rows, panel) > budget:
             # Panels first, they cost speed last; then tiles; workers only where even the smallest tiles do not fit.
-            if panel > 16:
+            # Where launches are what costs, tiles shrink while they are still long.
+            if rows > _LONG:
+                rows //= 2
+            elif panel > 16:
                 panel //= 2
             elif rows > 4 * _MIN_ROWS:
                 rows //= 2
@@ -168,7 +189,9 @@ class Plan:
             else:
                 rows = max(_MIN_ROWS, rows // 2)
         used = size(workers, rows, panel)
-        return cls(dense, tuple(map(tuple, groups.values())), workers, rows, panel, width, used)
+        return cls(
+            dense, tuple(map(tuple, groups.values())), workers, replace(tiling, rows=rows, panel=panel), width, used
+        )
 
     def regions(self, block: Block) -> Iterator[Part]:
         """A dense block cut into pieces for the workers, each complete in itself: a panel of targets, a run of sources.
@@ -177,7 +200,7 @@ class Plan:
         """
         wanted = max(min(3 * self.workers, block.n_edges // _REGION), block.n_edges // _LARGE)
         wanted = 1 if self.workers == 1 else max(1, wanted)
-        panels = math.ceil(block.n_targets / self.panel)
+        panels = math.ceil(block.n_targets / self.tiling.panel)
         runs = max(1, min(math.ceil(wanted / panels), block.n_sources // _RUN))
         panels = max(panels, min(math.ceil(wanted / runs), block.n_targets // _NARROW))
         for i0, i1 in spans(block.n_sources, math.ceil(block.n_sources / runs)):
@@ -193,21 +216,23 @@ class Plan:
             wide: Whether the pass forms d-wide vectors; raw inputs alone allow longer tiles.
         """
         n_sources, n_targets = region.i1 - region.i0, region.j1 - region.j0
-        sources = min(CHUNK, self.rows // 2, n_sources)
+        sources = min(self.tiling.chunk, self.tiling.rows // 2, n_sources)
         sources = math.ceil(n_sources / math.ceil(n_sources / sources))  # even chunks
-        rows = self.rows if wide else self.rows * max(1, self.width // (8 * block.features))
+        rows = self.tiling.rows if wide else self.tiling.rows * max(1, self.width // (8 * block.features))
         targets = max(1, min(rows // sources, n_targets))
-        if wide and targets > 1 and targets * self.width * _FLOAT % _PAGE == 0:
+        if self.tiling.paged and wide and targets > 1 and targets * self.width * _FLOAT % _PAGE == 0:
             targets -= 1  # sources a whole number of pages apart would contend for the same lines of the cache
         return sources, targets
 
     def output_tile(self, region: Part) -> tuple[int, int]:
         """Sources per chunk and targets per tile of the output pass within a region."""
-        targets = min(ROW, region.j1 - region.j0, self.rows)
-        return max(1, min(self.rows // targets, region.i1 - region.i0)), targets
+        targets = min(self.tiling.row, region.j1 - region.j0, self.tiling.rows)
+        return max(1, min(self.tiling.rows // targets, region.i1 - region.i0)), targets
 
 
 _MIN_ROWS = 64
+_LONG = 1 << 16
+"""Edges per tile that only a device is given."""
 _REGION = 1 << 16
 """Edges from which on it pays to hand a region to a worker of its own."""
 _LARGE = 1 << 20

@@ -14,7 +14,7 @@ from torch import Tensor
 from nowcast_service.graph.blocks import NeuralGraph, View
 from nowcast_service.history import History
 from nowcast_service.nino.exact.dense import Dense
-from nowcast_service.nino.exact.listed import Listed
+from nowcast_service.nino.exact.listed import Listed, add_rows
 from nowcast_service.nino.exact.network import Network
 from nowcast_service.nino.exact.plan import Plan, spans
 from nowcast_service.nino.exact.stream import Reader, Writer
@@ -125,7 +125,7 @@ class Run:
             total[targets] += messages
             self._advance(edges)
         for edges, index, messages in self.workers.run(listed()):
-            total.scatter_add_(0, index, messages)
+            add_rows(total, index, messages)
             self._advance(edges)
         for a, b in spans(len(x), _NODE_ROWS):
             mean = total[a:b].div_(self.degree[a:b])
@@ -150,7 +150,7 @@ class Run:
 
     @property
     def _listed_rows(self) -> int:
-        return max(1, self.plan.rows // 2)
+        return max(1, self.plan.tiling.rows // 2)
 
     def _output(self, writer: Writer) -> None:
         columns = [k - 1 for k in self.ks]
