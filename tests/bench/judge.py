@@ -53,7 +53,15 @@ class Judge:
         self.wiring, self.tensors, self.outputs, self.tolerance = wiring, dict(tensors), outputs, tolerance
         self.random = np.random.default_rng(seed)
         self.n = wiring["n_nodes"]
-        self.blocks = wiring["blocks"]
+        unsaid = {
+            "features": 1,
+            "offset": 0,
+            "source_stride": 0,
+            "target_stride": 0,
+            "feature_stride": 1,
+            "diagonal": False,
+        }
+        self.blocks = [{**unsaid, **block} for block in wiring["blocks"]]
         self.role = np.full(self.n, -1)
         self.fixed = np.zeros(self.n, bool)
         self.ordered = np.zeros(self.n, bool)
