@@ -97,7 +97,7 @@ def demo(
     plot.draw(trainings, picture)
     console = Console(width=110, highlight=False)
     console.print(report.table(trainings))
-    for sentence in report.verdict(trainings):
+    for sentence in report.findings(trainings):
         console.print(sentence)
     chosen_by = "given" if rate else "the best for training alone"
     console.print(f"AdamW at a peak rate of {alone.about['rate']:g} ({chosen_by}), cosine decay, seed {seed}.")

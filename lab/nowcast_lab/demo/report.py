@@ -102,7 +102,7 @@ def table(trainings: list[Training]) -> Table:
     return out
 
 
-def verdict(trainings: list[Training]) -> list[str]:
+def findings(trainings: list[Training]) -> list[str]:
     """What the numbers say, one sentence per nowcast training, small gains and losses named as such."""
     alone, target = trainings[0], trainings[0].final
     base = alone.reached(target)

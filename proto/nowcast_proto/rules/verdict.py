@@ -9,7 +9,7 @@ noise, no worse than those of one reference window earlier.
 
 Within the noise many of them may still add up to a drift no single verdict sees, or take back what training makes good
 between them. `BestLevel` sees both: no nowcast is asked for while the loss lies above the best it has been, nor after
-three that brought nothing better.
+three that brought nothing better. That training alone would have fallen further only `Payoff` sees, which it asks last.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nowcast_proto.rules.payoff import Payoff
 
 Floats = NDArray[np.float64]
 RECOVERY = 50
@@ -155,16 +157,19 @@ class BestLevel:
         nowcasts: Those that were kept since.
         pauses: Times nowcasts were found to bring nothing.
         pause: Lower levels training alone has to bring before the next nowcast: one the first time, then two, four …
+        payoff: Whether the sum of the nowcasts pays.
     """
 
     def __init__(self, settings: TrialSettings) -> None:
         self._settings = settings
         self.best: Level | None = None
         self.nowcasts = self.pauses = self.pause = 0
+        self.payoff = Payoff()
 
     def kept(self) -> None:
         """Another nowcast was kept."""
         self.nowcasts += 1
+        self.payoff.kept()
 
     def objection(self, losses: Floats) -> str:
         """Why no nowcast should be made now; empty where nothing speaks against one.
@@ -177,6 +182,7 @@ class BestLevel:
         if losses.size < self._settings.min_reference:
             return ""
         now = Level(trimmed_mean(losses), noise(losses) / math.sqrt(losses.size))
+        self.payoff.over(now.mean)
         if self.best is None or now.mean <= self.best.mean:
             self.best, self.nowcasts, self.pause = now, 0, max(0, self.pause - 1)
         elif self.pause == 0 and self.nowcasts >= max(1, self._settings.patience - self.pauses):
@@ -187,18 +193,20 @@ class BestLevel:
         tolerance = self._settings.z * math.hypot(now.error, self.best.error)
         if now.mean > self.best.mean + tolerance + self._settings.margin * abs(self.best.mean):
             return "the loss is above the best it has been: nowcasts wait until it is back"
-        return ""
+        return self.payoff.objection()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for `load_state_dict`."""
         level = list(astuple(self.best)) if self.best else None
-        return {"best": level, "nowcasts": self.nowcasts, "pauses": self.pauses, "pause": self.pause}
+        counts = {"nowcasts": self.nowcasts, "pauses": self.pauses, "pause": self.pause}
+        return {"best": level, **counts, "payoff": self.payoff.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another left off; from the beginning where the state is empty."""
         level = state.get("best")
         self.best = Level(*level) if level else None
         self.nowcasts, self.pauses, self.pause = (int(state.get(n, 0)) for n in ("nowcasts", "pauses", "pause"))
+        self.payoff.load_state_dict(state.get("payoff") or {})
 
 
 def hopeless(losses: Floats) -> bool:
