@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
+from nowcast_client.attaching import attach as attach_hook
 from nowcast_client.handle import Handle
-from nowcast_client.handle import attach as attach_hook
 from nowcast_client.loggers import Metrics, is_wandb, to_wandb
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from nowcast_client.handle import Handle, attach
+from nowcast_client.attaching import attach
+from nowcast_client.handle import Handle
 from nowcast_client.integrations.networks import network
 from nowcast_client.loggers import describe, together
 

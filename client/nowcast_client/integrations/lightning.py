@@ -15,7 +15,8 @@ except ModuleNotFoundError:  # the same code under its older name
     from pytorch_lightning import LightningModule, Trainer  # type: ignore[assignment]
     from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
 
-from nowcast_client.handle import Handle, attach
+from nowcast_client.attaching import attach
+from nowcast_client.handle import Handle
 from nowcast_client.integrations.networks import network
 from nowcast_client.loggers import Metrics, describe, is_wandb, to_wandb, together
 

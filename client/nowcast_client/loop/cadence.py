@@ -1,7 +1,8 @@
 """When to take a snapshot, and how far ahead to ask for. Pure arithmetic on the count of optimizer steps.
 
 NiNo paper, section 4: five snapshots per period, a nowcast at its end, and a horizon that shrinks with the square of
-the training's progress, from 40 strides at the start to 1 at the end; from 20 here, see `MAX_HORIZON`.
+the training's progress, from 40 strides at the start to 1 at the end; from 20 here, see
+`nowcast_client.settings.MAX_HORIZON`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from dataclasses import dataclass, field
 from nowcast_proto.rules.horizon import horizon_at, horizon_schedule
 
 from nowcast_client.errors import AttachError
+from nowcast_client.settings import MAX_HORIZON
 
 DEFAULT_PERIODS = 10
 """Length of the horizon schedule where the length of the training is not known, as published."""
-MAX_HORIZON = 20
-"""First horizon, in strides: in ``docs/results-h32.md`` our weights ended better with it on the text task for choosing
-than with the published 40, and the same on the convolutional one."""
 SHORTEST_PERIOD, LONGEST_PERIOD = 100, 1000
 """Between which the default period lies: at half the shortest nowcasts harmed text in
 ``docs/results-h32.md``; the longest is the published one."""
@@ -45,7 +44,7 @@ def default_period(total_steps: int | None, context: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cadence:
+class Timetable:
     """Snapshot and nowcast times of one training, in real optimizer steps counted from 1.
 
     Attributes:
@@ -63,8 +62,6 @@ class Cadence:
     schedule: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.context < 2:
-            raise AttachError(f"context={self.context}", expected="at least 2 snapshots per nowcast")
         if self.period < self.context:
             raise AttachError(
                 f"period={self.period} is shorter than its {self.context} snapshots",
@@ -72,8 +69,6 @@ class Cadence:
             )
         if self.total_steps is not None and self.total_steps < 1:
             raise AttachError(f"total_steps={self.total_steps}", expected="a positive number of steps, or None")
-        if self.max_horizon < 1:
-            raise AttachError(f"max_horizon={self.max_horizon}", expected="at least 1 stride")
         total = DEFAULT_PERIODS * self.period if self.total_steps is None else self.total_steps
         object.__setattr__(self, "schedule", horizon_schedule(total, self.period, farthest=self.max_horizon))
 

@@ -60,7 +60,7 @@ def _finite(steps: Floats, losses: Floats) -> tuple[Floats, Floats]:
     return steps[sane], losses[sane]
 
 
-class Alone:
+class Baseline:
     """The losses of an earlier run without nowcasts, to measure this one against.
 
     Args:

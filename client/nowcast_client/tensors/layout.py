@@ -44,7 +44,8 @@ class Layout:
 
     def change_to(self, other: Layout) -> str:
         """What is different in another layout of the same network, for a message."""
-        if not self.same_tensors(other):
+        shared = self.parameters.keys() & other.parameters.keys()
+        if not all(self.parameters[name] is other.parameters[name] for name in shared):
             return "the model's parameters were replaced"
         joined, left = sorted(other.movable - self.movable), sorted(self.movable - other.movable)
         said = [f"{names} {what}" for names, what in ((joined, "train from now on"), (left, "train no more")) if names]

@@ -36,7 +36,6 @@ class Patch:
         step: Real optimizer step of the snapshot the change is relative to.
         horizon: Strides it looks ahead.
         deltas: Name -> predicted parameters minus that snapshot, float32, bfloat16 or float16.
-        base: Name -> that snapshot, kept where newer steps are to be overwritten; None otherwise.
         flat: One stretch of memory that ``deltas`` are views of, in their order, where they are to be broadcast.
     """
 
@@ -44,7 +43,6 @@ class Patch:
     step: int
     horizon: int
     deltas: Mapping[str, Tensor]
-    base: Mapping[str, Tensor] | None = None
     flat: Tensor | None = None
 
 
@@ -271,7 +269,7 @@ def apply(patch: Patch, layout: Layout, backup: Backup, copies: Copies | None = 
     try:
         with torch.no_grad():
             for name, parameter in layout.parameters.items():
-                if name in layout.movable and (patch.base is not None or bool(patch.deltas[name].any())):
+                if name in layout.movable and bool(patch.deltas[name].any()):
                     own = local(parameter)
                     own.copy_(_moved(own, patch, name))
         if copies:
@@ -285,7 +283,6 @@ def apply(patch: Patch, layout: Layout, backup: Backup, copies: Copies | None = 
 
 def _moved(parameter: Tensor, patch: Patch, name: str) -> Tensor:
     # The sum is taken in float32 whatever the dtypes, and rounded once.
-    start = parameter if patch.base is None else patch.base[name].to(parameter.device)
     delta = patch.deltas[name].to(parameter.device, non_blocking=True)
     # Where nothing is predicted to change nothing does, not even the sign of a zero.
-    return torch.where(delta == 0, start.float(), start.float() + delta.float())
+    return torch.where(delta == 0, parameter.float(), parameter.float() + delta.float())

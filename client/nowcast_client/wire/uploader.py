@@ -107,7 +107,6 @@ class Uploader:
         upload_seconds: Most seconds for one snapshot.
         nowcast_seconds: Most seconds for one nowcast, lost snapshots included.
         patch_bound: See `nowcast_client.tensors.patch.verify`.
-        keep_base: Keep the newest snapshot with the patch, for overwriting newer steps.
 
     Attributes:
         layout: What nowcasts are checked against.
@@ -124,7 +123,6 @@ class Uploader:
         upload_seconds: float,
         nowcast_seconds: float,
         patch_bound: float,
-        keep_base: bool,
     ) -> None:
         self.session = session
         self.results: deque[Result] = deque()
@@ -134,7 +132,6 @@ class Uploader:
         self._upload_seconds = upload_seconds
         self._nowcast_seconds = nowcast_seconds
         self._patch_bound = patch_bound
-        self._keep_base = keep_base
         self.in_one_piece = False
         self.coverage: CoverageReport | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], AbstractContextManager[None]] | None]
@@ -313,19 +310,17 @@ class Uploader:
             newest = slots[-1].buffers
             found = verify(deltas, self.layout, newest, window.moved, job.k, self._patch_bound)
             deltas = found.deltas
-            base = newest if self._keep_base else None
             flat = None
             if self.in_one_piece:
                 flat = torch.cat([deltas[name].view(-1) for name in self.layout.parameters])
                 deltas = views(flat, self.layout)
-            patch = Patch(job.nowcast, step, job.k, deltas, base, flat)
+            patch = Patch(job.nowcast, step, job.k, deltas, flat)
         except Exception as exc:
             self._release(window)
             if not window.cancelled.is_set():
                 self._report(Failed("nowcast", step, exc, window))
         else:
-            if base is None:
-                self._release(window)
+            self._release(window)
             self._note(header.coverage)
             self._report(Arrived(window, patch, found, time.monotonic() - start, header.predictor))
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from nowcast_client.handle import attach
+from nowcast_client import attach
 
 from ...unit.specs.networks import Nano
 from .harness import Server

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,13 +96,14 @@ def test_hanging_server_costs_no_more_than_the_deadline(victim: Server) -> None:
     job.run(55)
     assert job.count("patched") == 1
     job.handle.wait(60)
-    job.slowest, job.handle._wait = 0.0, 0.3
+    job.slowest, work = 0.0, job.handle._nowcasting
+    work.cadence = replace(work.cadence, wait=0.3)
     victim.signal(signal.SIGSTOP)
     job.run(100)
     assert job.slowest < 5.0, "the hook waited longer than it may"
     assert job.count("patched") == 1
     victim.signal(signal.SIGCONT)
-    job.handle._wait = 30.0
+    work.cadence = replace(work.cadence, wait=30.0)
     assert job.handle.wait(60)
     job.run(120)
     assert job.count("patched") >= 2, job.handle.summary()

@@ -36,7 +36,7 @@ def run(jobs: dict[str, Job], size: int, folder: Path, *, seconds: float = 400.0
     context = mp.get_context("forkserver")
     os.environ["OMP_NUM_THREADS"] = "1"
     modules = {function.__module__ for function, _ in jobs.values()}
-    context.set_forkserver_preload([__name__, "nowcast_client.ranks.distributed", "torch.distributed.fsdp", *modules])
+    context.set_forkserver_preload([__name__, "nowcast_client.ranks.together", "torch.distributed.fsdp", *modules])
     processes = [context.Process(target=_main, args=(jobs, rank, size, str(folder))) for rank in range(size)]
     for process in processes:
         process.start()

@@ -62,7 +62,7 @@ def traced(
     same: bool = False,
 ) -> dict[str, Any]:
     """A training that keeps the weights from before and after every step the hook acts on."""
-    import nowcast_client.ranks.distributed as module
+    import nowcast_client.loop.patching as module
     from nowcast_client.errors import PatchRefused
 
     model: nn.Module = ranks.network()
@@ -88,7 +88,8 @@ def traced(
         on_event=lambda e: events.append((e.kind, e.step, str(e.detail.get("reason", "")))),
         **settings,
     ) as handle:
-        saving = handle._save
+        patcher = handle._nowcasting.patcher
+        saving = patcher.save
         data = ranks.batches(rank, same)
         for number in range(1, steps + 1):
             loss = ranks.step(model, optimizer, data, exact=same)
@@ -100,7 +101,7 @@ def traced(
                 if fault == "write":
                     module.apply = failing
                 elif fault == "stage":
-                    handle._save = full
+                    patcher.save = full
             gathered = fault == "unsharded" and number == 20
             if gathered:
                 for part in model.modules():
@@ -111,7 +112,7 @@ def traced(
                 for part in model.modules():
                     if hasattr(part, "reshard"):
                         part.reshard()
-            module.apply, handle._save = original, saving
+            module.apply, patcher.save = original, saving
             if number % 10 == 0 or number in (23, 26):
                 after[str(number)] = ranks.whole(model)
     return {"events": events, "before": before, "after": after}
@@ -183,7 +184,7 @@ def cornered(rank: int, kind: str, url: str, corner: str) -> dict[str, Any]:
             saved = handle.state_dict()
             handle.wait(30)
             # The run ends here and the service keeps what it holds; another handle goes on.
-            handle._uploader = None
+            handle._nowcasting.windows.uploader = None
             handle.close()
             handle = attached()
             handle.load_state_dict(saved)
@@ -210,7 +211,7 @@ def off(rank: int, url: str) -> dict[str, Any]:
 
 def absent(rank: int, url: str) -> dict[str, Any]:
     """Rank 1 detaches early and tells nobody."""
-    import nowcast_client.ranks.distributed as module
+    import nowcast_client.ranks.channel as module
 
     patience, module.PATIENCE = module.PATIENCE, 3.0
     model = wrapped("ddp", ranks.network())
@@ -227,7 +228,7 @@ def absent(rank: int, url: str) -> dict[str, Any]:
 
 
 def disagreeing(rank: int, url: str, how: str) -> str:
-    import nowcast_client.ranks.distributed as module
+    import nowcast_client.ranks.channel as module
 
     if how == "missing":  # else a rank that is only late would be taken for one that never comes
         module.PATIENCE = 3.0

@@ -75,6 +75,8 @@ class FakeService:
             verdict = json.loads(body)
             self.verdicts.append((verdict["nowcast"], verdict["outcome"]))
             return 200, {}, _json({**verdict, "counted": True})
+        if parts[3] == "reports":
+            return 200, {}, _json({})
         if request.method == "POST":
             job = NowcastJob.model_validate_json(body)
             missing = [s for s in job.steps if s not in held]

@@ -333,3 +333,20 @@ def test_parameters_that_start_to_train_later_join_and_are_named(caplog: pytest.
     training.run(1)
     assert handle.summary()["patched"] == 2
     assert any("'0.weight'" in record.message and "'0.bias'" in record.message for record in caplog.records)
+
+
+def test_parameters_outside_the_spec_join_with_a_session_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    """A frozen beginning stays at home; once it trains, the whole chain is nowcast."""
+    training = Training(FakeService(linear), mode="off")
+    training.model[0].requires_grad_(False)
+    handle = attach(
+        training.model, training.optimizer, transport=training.service.transport, period=50, trial=False, wait=60
+    )
+    training.run(55)
+    assert set(handle.spec.shapes()) == {"2.weight", "2.bias"}
+    training.model[0].requires_grad_(True)
+    training.run(45)
+    assert handle.summary()["patched"] == 2
+    assert set(handle.spec.shapes()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert any("'0.weight'" in record.message for record in caplog.records)
+    assert len(training.service.sessions) <= 2

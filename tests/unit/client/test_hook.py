@@ -121,12 +121,12 @@ def test_delta_is_added_to_newer_weights_when_training_went_on() -> None:
         assert torch.equal(training.weights()[name], weight + torch.from_numpy(deltas[name].astype(np.float32)))
 
 
-@pytest.mark.parametrize("stale", ["delta", "reject"])
-def test_a_nowcast_beyond_its_bound_is_rejected(stale: str) -> None:
+@pytest.mark.parametrize("stale_steps", [None, 0])
+def test_a_nowcast_beyond_its_bound_is_rejected(stale_steps: int | None) -> None:
     service = FakeService(linear)
     service.gate.clear()
-    training = Training(service, trial=False, wait=0.0, stale=stale)
-    training.run(50 + (11 if stale == "delta" else 1))
+    training = Training(service, trial=False, wait=0.0, stale_steps=stale_steps)
+    training.run(50 + (11 if stale_steps is None else 1))
     service.gate.set()
     assert training.handle.wait(60)
     before = training.weights()
@@ -136,22 +136,6 @@ def test_a_nowcast_beyond_its_bound_is_rejected(stale: str) -> None:
     assert "steps after its last snapshot" in training.first("rejected").detail["reason"]
     assert training.handle.summary()["patched"] == 0
     assert before.keys() == training.weights().keys()
-
-
-def test_overwrite_goes_back_to_the_snapshot() -> None:
-    service = FakeService(linear)
-    service.gate.clear()
-    training = Training(service, trial=False, wait=0.0, stale="overwrite")
-    training.run(53)
-    service.gate.set()
-    assert training.handle.wait(60)
-    training.run(1)
-    session = next(iter(service.sessions.values()))[1]
-    history = [session[s][1] for s in (10, 20, 30, 40, 50)]
-    deltas = linear(history, 20)
-    for name, weight in training.weights().items():
-        wanted = torch.from_numpy(history[-1][name]) + torch.from_numpy(deltas[name].astype(np.float32))
-        assert torch.equal(weight, wanted)
 
 
 def test_shadow_predicts_and_never_patches() -> None:
@@ -254,6 +238,7 @@ def test_slow_harm_is_rolled_back_bit_for_bit(optimizer: str) -> None:
         training.optimizer,
         transport=service.transport,
         period=50,
+        mode="on",
         wait=60.0,
         retry=QUICK,
         on_event=training.events.append,
@@ -389,7 +374,7 @@ def test_corrupted_bytes_never_become_a_patch() -> None:
     header = 4 + int.from_bytes(body[:4], "little")
     rng = np.random.default_rng(0)
     places = [*range(0, header, 3), *rng.integers(header, len(body), 60).tolist()]
-    session = training.handle._uploader.session  # type: ignore[union-attr]
+    session = training.handle._nowcasting.windows.uploader.session  # type: ignore[union-attr]
     job = next(iter(service.jobs.values()))
     refused = 0
     harmless = 0
@@ -604,8 +589,8 @@ def test_a_callback_that_raises_is_survived() -> None:
     def bad(*args: object) -> None:
         raise RuntimeError("user code")
 
-    training.handle._on_event = bad
-    training.handle._metrics = bad
+    training.handle._nowcasting.report.on_event = bad
+    training.handle._nowcasting.report.metrics = bad
     training.run(60)
     assert training.handle.summary()["patched"] == 1
     assert training.handle.summary()["failed"] == {"metrics: RuntimeError": 2, "on_event: RuntimeError": 7}
@@ -679,10 +664,14 @@ def test_forked_child_does_nothing() -> None:
     ("kwargs", "what"),
     [
         ({"mode": "maybe"}, "mode"),
-        ({"stale": "sometimes"}, "stale"),
+        ({"wiat": 60.0}, "wait"),
+        ({"stale": "delta"}, "stale_steps"),
+        ({"wait": -1.0}, "wait"),
+        ({"wire_dtype": "float7"}, "wire_dtype"),
+        ({"context": 1}, "context"),
+        ({"max_horizon": 0}, "max_horizon"),
         ({"period": 10}, "judge"),
         ({"url": "ftp://x", "transport": None}, "url"),
-        ({"stale": "overwrite", "wire_dtype": "bfloat16"}, "round"),
     ],
 )
 def test_what_cannot_work_is_said_at_attach(kwargs: dict[str, Any], what: str) -> None:
@@ -738,7 +727,7 @@ def test_only_trainable_tensors_are_patched() -> None:
 
 def test_trial_settings_are_capped_by_the_period() -> None:
     training = Training(FakeService(linear), trial=TrialSettings(window=1000))
-    assert training.handle._trial_settings == TrialSettings(window=16)
+    assert training.handle._nowcasting.trials.settings == TrialSettings(window=16)
 
 
 def test_close_is_quick_and_final() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nowcast_client.errors import AttachError
 from nowcast_client.loggers import describe
-from nowcast_client.loop.savings import SMOOTHED, Alone, ahead
+from nowcast_client.loop.savings import SMOOTHED, Baseline, ahead
 from nowcast_proto.rules.verdict import Floats
 
 from ..ecosystem.loops import Watched, digits, network, step
@@ -71,16 +71,16 @@ def test_a_run_alone_is_measured_where_its_losses_come_to_the_same_level(tmp_pat
     (tmp_path / "alone.json").write_text(json.dumps(losses))
     (tmp_path / "alone.csv").write_text("step,loss\n" + "\n".join(f"{i},{loss}" for i, loss in enumerate(losses)))
     for baseline in (losses, tmp_path / "alone.json", str(tmp_path / "alone.csv")):
-        assert Alone(baseline).saved(steps, newest) == pytest.approx(300, abs=1)
-    assert Alone(losses).saved(steps, newest - 2.0) is None
-    assert Alone(losses).saved(steps[:5], newest[:5]) is None
+        assert Baseline(baseline).saved(steps, newest) == pytest.approx(300, abs=1)
+    assert Baseline(losses).saved(steps, newest - 2.0) is None
+    assert Baseline(losses).saved(steps[:5], newest[:5]) is None
 
 
 @pytest.mark.parametrize("baseline", [[], [1.0] * 10, "nowhere.csv", ["a"] * 99])
 def test_what_is_no_baseline_is_refused(baseline: object) -> None:
     model = network()
     with pytest.raises(AttachError, match="baseline"):
-        Watched(model, torch.optim.SGD(model.parameters(), lr=0.1), baseline=baseline)
+        Watched(model, torch.optim.SGD(model.parameters(), lr=0.1)).handle.summary(baseline)  # type: ignore[arg-type]
 
 
 def test_a_training_that_jumps_ahead_says_by_how_much(tmp_path: Path) -> None:
@@ -99,14 +99,12 @@ def test_a_training_that_jumps_ahead_says_by_how_much(tmp_path: Path) -> None:
 
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-2)
-    watched = Watched(
-        model, optimizer, oracle, period=200, trial=True, patch_bound=1e6, baseline=tmp_path / "alone.json"
-    )
+    watched = Watched(model, optimizer, oracle, period=200, trial=True, patch_bound=1e6)
     data = digits(256)
     for _ in range(steps - 1):
         step(model, optimizer, data, watched.handle)
     assert watched.steps("kept") == [250]
-    summary = watched.handle.summary()
+    summary = watched.handle.summary(baseline=tmp_path / "alone.json")
     assert summary["steps_saved"] == pytest.approx(jump, abs=25)
     assert 0.5 * jump < summary["steps_saved_estimate"] < 1.5 * jump
     told = describe(summary)

@@ -508,7 +508,7 @@ def test_an_optimizer_created_after_attach_is_followed() -> None:
 
 
 def test_an_optimizer_nobody_told_about_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nowcast_client.handle as module
+    import nowcast_client.loop.steps as module
 
     monkeypatch.setattr(module, "SILENT_REPORTS", 30)
     model = network()

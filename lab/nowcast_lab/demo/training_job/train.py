@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nowcast_client.handle import Event, Mode, attach
-from nowcast_client.loop.cadence import MAX_HORIZON
+from nowcast_client.attaching import attach
+from nowcast_client.handle import Event
+from nowcast_client.settings import MAX_HORIZON, Mode
 from nowcast_proto.errors import NowcastError
 
 from nowcast_lab.demo.training_job.letters import letters
