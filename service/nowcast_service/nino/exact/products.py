@@ -117,7 +117,7 @@ class _Setting:
 _TF32 = _Setting(torch.backends.cuda.matmul, "tf32")
 _FULL = {
     "cuda": _Setting(torch.backends.cuda.matmul, "ieee"),
-    "cpu": _Setting(torch.backends.mkldnn.matmul, "ieee"),
+    "cpu": _Setting(torch.backends.mkldnn.matmul, "ieee"),  # type: ignore[attr-defined]  # made when it loads
 }
 _AS_IT_IS = nullcontext()
 
