@@ -125,7 +125,7 @@ class _Trial:
     def __init__(self, network: Network, wiring: ExplicitWiring, tolerance: float, seed: int) -> None:
         self.network, self.wiring, self.tolerance = network, wiring, tolerance
         self.generator = np.random.default_rng(seed)
-        self.reference = network.outputs()
+        self.reference = network.reference
         self.blocks: dict[str, list[WiringBlock]] = {}
         for block in wiring.blocks:
             if block.parameter is not None:
