@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
@@ -31,6 +32,8 @@ from nowcast_client.wire.transport import Transport
 __all__ = ["Event", "Handle"]
 
 log = logging.getLogger("nowcast")
+_attached: WeakKeyDictionary[Optimizer, Handle] = WeakKeyDictionary()
+"""The newest handle of every optimizer."""
 
 
 class Handle:
@@ -47,6 +50,7 @@ class Handle:
         self._closed = False
         self._hooks: list[Any] = []
         if nowcasting.is_on:
+            self._replace()
             self._hook()
             atexit.register(self.close)
 
@@ -178,13 +182,15 @@ class Handle:
         atexit.unregister(self.close)
         for hook in self._hooks:
             hook.remove()
+        for optimizer in work.patcher.optimizers:
+            if _attached.get(optimizer) is self:
+                del _attached[optimizer]
         with work.report.guarded("close"):
             work.unjudged()
             if work.windows.uploader is not None:
-                if work.windows.uploader.close(timeout, last_report(work)) and self._transport is not None:
-                    self._transport.close()
-                else:
-                    log.debug("the uploader did not end in time and is left to the interpreter's exit")
+                work.windows.uploader.close(timeout, last_report(work))
+                if self._transport is not None:
+                    self._transport.close()  # whatever still waits for an answer gives up with it
 
     def __enter__(self) -> Handle:
         return self
@@ -199,6 +205,18 @@ class Handle:
     @property
     def _idle(self) -> bool:
         return self._closed or self.mode == "off" or self._nowcasting.steps.foreign
+
+    def _replace(self) -> None:
+        """Close what is attached to the same optimizers: a cell run twice, a training begun again."""
+        optimizers = self._nowcasting.patcher.optimizers
+        older = {handle for optimizer in optimizers if (handle := _attached.get(optimizer)) is not None}
+        for handle in older:
+            if not handle._closed:
+                log.warning("this optimizer was attached to before: the earlier handle is closed, this one goes on")
+                if handle._transport is self._transport:
+                    handle._transport = None  # ours now
+                handle.close()
+        _attached.update(dict.fromkeys(optimizers, self))
 
     def _hook(self) -> None:
         for hook in self._hooks:

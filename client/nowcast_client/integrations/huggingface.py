@@ -75,6 +75,8 @@ class NowcastCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the innermost optimizer; go on from a checkpoint's state on resume."""
+        if self.handle is not None:  # an earlier training was interrupted
+            self.handle.close()
         model: nn.Module = kwargs["model"]
         settings = {"total_steps": state.max_steps, **self._settings}
         # A model of the library is what it is; one of the user's own may only wrap a network to return its loss.

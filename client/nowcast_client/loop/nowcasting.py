@@ -138,6 +138,8 @@ class Nowcasting:
         for result in self.windows.results():
             if isinstance(result, Uploaded):
                 self.report.emit("snapshot", taken=result.step, bytes=result.nbytes, seconds=result.seconds)
+            elif isinstance(result, Failed) and result.kind == "resume":
+                log.info("step %d: the window starts again: %s", self.steps.step, result.error)
             elif isinstance(result, Failed):
                 hopeless = self.report.failed(result.kind, result.error)
                 if hopeless and self.is_on:

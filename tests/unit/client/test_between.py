@@ -350,3 +350,19 @@ def test_parameters_outside_the_spec_join_with_a_session_of_their_own(caplog: py
     assert set(handle.spec.shapes()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert any("'0.weight'" in record.message for record in caplog.records)
     assert len(training.service.sessions) <= 2
+
+
+def test_a_second_attach_replaces_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(FakeService(linear), trial=False)
+    training.run(30)
+    second = attach(
+        training.model, training.optimizer, transport=training.service.transport, period=50, trial=False, wait=60
+    )
+    training.run(60)
+    assert (training.handle.step, second.step) == (30, 60)
+    assert second.summary()["patched"] == 1
+    assert sum("attached to before" in record.message for record in caplog.records) == 1
+    second.close()
+    third = attach(training.model, training.optimizer, transport=training.service.transport, period=50, trial=False)
+    assert sum("attached to before" in record.message for record in caplog.records) == 1
+    third.close()
