@@ -130,6 +130,7 @@ def attach(
             optimizers,
             network.spec,
             patching.copies,
+            _given(optimizer),
             Watch(timetable.stride),
             sharded=ranks is not None or chosen == "off",
             derive=network.derive if ranks is None else None,
@@ -199,10 +200,13 @@ def _optimizers(optimizer: object) -> list[Optimizer]:
             expected="the optimizer that steps this model",
             remedy="attach after it has been created; a later one is taken up with handle.follow(optimizer)",
         )
-    wrapped = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    if not wrapped:
+    if not _given(optimizer):
         raise AttachError("no optimizer was given", expected="at least one")
-    return [innermost(one) for one in wrapped]
+    return [innermost(one) for one in _given(optimizer)]
+
+
+def _given(optimizer: object) -> list[object]:
+    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
 
 def _warn_of_many(period: int, total_steps: int | None) -> None:

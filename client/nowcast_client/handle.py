@@ -117,7 +117,7 @@ class Handle:
         """
         work, fresh = self._nowcasting, [innermost(one) for one in optimizers]
         work.agreement.forget()
-        work.patcher.follow(fresh)
+        work.patcher.follow(fresh, optimizers)
         work.steps.follow(fresh)
         work.unjudged()  # what the old optimizer's state was cannot be put back into a new one
         work.windows.follow(work.patcher.spec, work.patcher.layout)

@@ -22,7 +22,8 @@ class Patcher:
         model: The network, as it is trained.
         optimizers: The innermost optimizers.
         spec: What travels.
-        copies: Second copies of the weights.
+        copies: Models whose parameters follow the trained ones.
+        outermost: Optimizers as the caller passed them, wrappers around them included.
         watch: Notices what others write.
         sharded: Whether parameters may be shards of a tensor that no rank holds whole.
         derive: Derives the spec anew, where parameters may begin to train later; None where it is the caller's own.
@@ -42,6 +43,7 @@ class Patcher:
         optimizers: Sequence[Optimizer],
         spec: ArchitectureSpec,
         copies: Sequence[nn.Module],
+        outermost: Sequence[object],
         watch: Watch,
         *,
         sharded: bool,
@@ -50,7 +52,7 @@ class Patcher:
         self.spec = spec
         self.optimizers = list(optimizers)
         self.layout = layout_of(model, optimizers, spec, sharded=sharded)
-        self.copies = Copies(model, copies, optimizers, self.layout)
+        self.copies = Copies(model, copies, optimizers, self.layout, outermost)
         self.backup = Backup()
         self.watch = watch
         self._model = model
@@ -89,14 +91,14 @@ class Patcher:
         changed, self.layout = self.layout.change_to(live), live
         return changed
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> None:
-        """Go on with other optimizers of the same parameters.
+    def follow(self, optimizers: Sequence[Optimizer], outermost: Sequence[object]) -> None:
+        """Go on with other optimizers of the same parameters; ``outermost`` as for the first ones.
 
         Raises:
             AttachError: They do not hold the model's parameters, or keep copies of them that cannot be followed.
         """
         self.layout = layout_of(self._model, optimizers, self.spec, sharded=self._sharded)
-        self.copies = self.copies.with_optimizers(optimizers)
+        self.copies = self.copies.with_optimizers(optimizers, outermost)
         self.optimizers = list(optimizers)
         self._fingerprint = fingerprint(self._model, optimizers)
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from nowcast_client.errors import AttachError
 from nowcast_client.network.derive import plain_name
 from nowcast_client.tensors.layout import Layout, local
+from nowcast_client.tensors.wrappers import Kept, alike, kept_by, lying_at
 
 SHIFTED: dict[str, tuple[str, ...]] = {"schedulefree": ("z",), "torch.optim.asgd": ("ax",)}
 """Optimizer module -> keys of its state that follow the weights when shifted by the same change.
@@ -24,8 +25,6 @@ SHIFTED: dict[str, tuple[str, ...]] = {"schedulefree": ("z",), "torch.optim.asgd
 Schedule-free trains at y = (1 - b) z + b x ("The Road Less Scheduled", section 2): with y and z moved by d, x has moved
 by d as well. ASGD's ``ax`` is an average of the weights that is read, never trained from.
 """
-_LOOKED_AT = 8
-_LIKE = 0.5
 
 
 class Copies:
@@ -36,19 +35,27 @@ class Copies:
         models: Models whose parameters follow the trained ones by name.
         optimizers: The innermost optimizers.
         layout: The trained parameters.
+        outermost: Optimizers as the caller passed them, wrappers around them included.
 
     Raises:
         AttachError: A model lacks a trained parameter, or an optimizer already shows copies that cannot be followed.
     """
 
     def __init__(
-        self, model: nn.Module, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], layout: Layout
+        self,
+        model: nn.Module,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        layout: Layout,
+        outermost: Sequence[object] = (),
     ) -> None:
         self._model = model
         self._models = list(models)
         self._optimizers = list(optimizers)
+        self._outermost = list(outermost)
         self._looked: set[int] = set()
         self._saved: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[Kept, Tensor]] = []
         for model in self._models:
             names = self._named(model)
             for name in sorted(layout.movable):
@@ -61,9 +68,9 @@ class Copies:
                     )
         self.check(layout)
 
-    def with_optimizers(self, optimizers: Sequence[Optimizer]) -> Copies:
+    def with_optimizers(self, optimizers: Sequence[Optimizer], outermost: Sequence[object]) -> Copies:
         """The same models beside other optimizers."""
-        fresh = Copies(self._model, (), (), Layout({}, frozenset()))
+        fresh = Copies(self._model, (), (), Layout({}, frozenset()), outermost)
         fresh._models, fresh._optimizers = self._models, list(optimizers)
         return fresh
 
@@ -74,6 +81,7 @@ class Copies:
             AttachError: There are some, under a key nobody told us about; or the visible weights are not the trained
                 ones at the moment.
         """
+        kept_by(self._outermost, layout)
         for optimizer in self._optimizers:
             # Before its first step the two modes show the same weights.
             averaged = any(group.get("train_mode") is False for group in optimizer.param_groups)
@@ -99,11 +107,14 @@ class Copies:
         with torch.no_grad():
             found = [copy for _, copy in self._all(layout)] + list(self._statistics())
             self._saved = [(tensor, local(tensor).to("cpu", copy=True)) for tensor in found]
+            kept = kept_by(self._outermost, layout)
+            self._kept = [(one, local(one.tensor).to("cpu", copy=True)) for one in kept]
 
     def shift(self, changes: dict[str, Tensor], layout: Layout) -> None:
         """Add what the weights got, by name, float32, on the weights' device."""
         with torch.no_grad():
-            for name, copy in self._all(layout):
+            kept = [(one.name, one.tensor) for one, _ in self._kept]
+            for name, copy in [*self._all(layout), *kept]:
                 own = local(copy)
                 own.copy_(own.float() + changes[name].to(own.device))
 
@@ -112,9 +123,12 @@ class Copies:
         with torch.no_grad():
             for copy, saved in self._saved:
                 local(copy).copy_(saved)
+            there = lying_at(self._outermost) if self._kept else {}
+            for kept, saved in self._kept:
+                local(there.get(kept.where, kept.tensor)).copy_(saved)
 
     def __bool__(self) -> bool:
-        return bool(self._models) or any(self._keys(optimizer) for optimizer in self._optimizers)
+        return bool(self._models or self._kept) or any(self._keys(optimizer) for optimizer in self._optimizers)
 
     def _statistics(self) -> Iterator[Tensor]:
         for module in self._model.modules():
@@ -145,26 +159,13 @@ class Copies:
 
 
 def _weights_again(optimizer: Optimizer, layout: Layout) -> set[str]:
-    """Keys of an optimizer's state under which the weights themselves lie, to within half their norm.
-
-    Moments are of the size of gradients and point elsewhere; for every one of several tensors to come that close to
-    the weights by chance does not happen.
-    """
-    close: dict[str, bool] = {}
-    looked = 0
+    """Keys of an optimizer's state under which the weights themselves lie."""
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name in sorted(layout.movable):
+        parameter = layout.parameters[name]
+        state = optimizer.state.get(parameter)
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                pairs.setdefault(key, []).append((value, parameter))
     with torch.no_grad():
-        for name in sorted(layout.movable):
-            parameter = layout.parameters[name]
-            state = optimizer.state.get(parameter)
-            weights = local(parameter).float()
-            size = float(weights.norm())
-            if not isinstance(state, dict) or weights.numel() < 16 or size == 0.0:
-                continue
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    apart = float((local(value).float().to(weights.device) - weights).norm())
-                    close[key] = close.get(key, True) and apart < _LIKE * size
-            looked += 1
-            if looked == _LOOKED_AT:
-                break
-    return {key for key, all_close in close.items() if all_close}
+        return {key for key, found in pairs.items() if alike(found)}

@@ -74,7 +74,7 @@ def innermost(optimizer: object) -> Optimizer:
     current = optimizer
     while id(current) not in seen:
         seen.add(id(current))
-        inner = _inside(current)
+        inner = inside(current)
         if inner is None:
             break
         current = inner
@@ -87,7 +87,7 @@ def innermost(optimizer: object) -> Optimizer:
     return current
 
 
-def _inside(optimizer: object) -> object | None:
+def inside(optimizer: object) -> object | None:
     """What a wrapper steps: its ``.optimizer``, or the optimizer it holds under another name (SAM, Lookahead)."""
     inner: object | None = getattr(optimizer, "optimizer", None)
     if inner is not None:
