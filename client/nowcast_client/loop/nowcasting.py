@@ -111,8 +111,9 @@ class Nowcasting:
 
     def ring_full(self) -> None:
         """There is no room for a snapshot."""
+        trouble = self.windows.trouble
         self.windows.drop()
-        self.report.skip("every snapshot buffer is still in use: the service is slower than the period")
+        self.report.skip(f"every snapshot buffer is still in use: {trouble or 'the service is slower than the period'}")
 
     def _ask(self, step: int) -> None:
         reason = f"{WRITTEN}: the window starts again" if self.patcher.watch.found_late() else ""
@@ -160,6 +161,15 @@ class Nowcasting:
                     stretch=found.stretch,
                     predictor=result.predictor,
                 )
+        self._give_up_late()
+
+    def _give_up_late(self) -> None:
+        """Call off a nowcast that can only be rejected: its buffers are the next window's."""
+        windows, late = self.windows, self.steps.step - self.windows.asked_at
+        if windows.asked is not None and windows.arrived is None and late > self.stale_steps:
+            trouble = windows.trouble or "the service has not answered"
+            windows.abandon()
+            self.report.skip(f"it did not come within {self.stale_steps} steps of its last snapshot: {trouble}")
 
     def consider(self) -> None:
         """Write a nowcast that has arrived, or say why not."""

@@ -32,6 +32,7 @@ class Windows:
         uploader: Talks to the service; None without one.
         current: The window that is being filled.
         asked: The one whose nowcast was asked for.
+        asked_at: Step of its last snapshot.
         arrived: A nowcast that has not been used yet.
         upload_bytes: Bytes of snapshots sent.
     """
@@ -42,6 +43,7 @@ class Windows:
         self.current = Window()
         self.asked: Window | None = None
         self.arrived: Arrived | None = None
+        self.asked_at = 0
         self.upload_bytes = 0
         self._open = open_
         self._context = context
@@ -61,6 +63,11 @@ class Windows:
             self._spec = spec
         self.uploader.layout = layout
 
+    @property
+    def trouble(self) -> str:
+        """Why the service could not be reached at the last try; empty where it could."""
+        return self.uploader.session.trouble if self.uploader is not None else ""
+
     def add(self, slot: Slot) -> bool:
         """A snapshot has been taken; returns whether the window is full with it."""
         self.current.slots.append(slot)
@@ -76,7 +83,7 @@ class Windows:
         """Ask for the nowcast of the full window; a nowcast under way is given up."""
         window, self.current = self.current, Window()
         self.abandon()
-        self.asked = window
+        self.asked, self.asked_at = window, window.steps[-1]
         if self.uploader is not None:
             self.uploader.ask(window, job.model_copy(update={"steps": window.steps}))
 

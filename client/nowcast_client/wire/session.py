@@ -127,6 +127,7 @@ class Session:
         checkpoint: The checkpoint it will use, as far as chosen here.
 
     Attributes:
+        trouble: Why the service could not be reached at the last try; empty where it could.
         coverage: What the predictor will do with each parameter, as the service said when the session was opened.
     """
 
@@ -159,6 +160,7 @@ class Session:
         self._answered_by = Instances()
         self._spec_digest = spec.digest()
         self.resent = 0
+        self.trouble = ""
         self._reported_as: str | None = None
 
     # ------------------------------------------------------------------ calls
@@ -249,7 +251,8 @@ class Session:
             except (NotFound, Expired):
                 self._open = False
                 self._pause(deadline)
-            except (TransportError, Unavailable):
+            except (TransportError, Unavailable) as exc:
+                self.trouble = str(exc)
                 # The tries of one call are few; a service that restarts takes longer. The deadline bounds this loop.
                 self._pause(deadline)
 
@@ -281,6 +284,10 @@ class Session:
         self._call("DELETE", self._route(ROUTE_SESSION, session_id), deadline, lambda reply: reply.text())
 
     # ---------------------------------------------------------------- details
+
+    def _heard(self, headers: Mapping[str, str]) -> None:
+        self.trouble = ""
+        self._answered_by.note(headers)
 
     def _pause(self, deadline: float) -> None:
         pause = self._retry.delay(2, NowcastError("a pause"))
@@ -314,7 +321,7 @@ class Session:
             deadline=deadline,
             retry=retry or self._retry,
             stop=self.stop,
-            note=self._answered_by.note,
+            note=self._heard,
         )
 
     def _json(
@@ -342,9 +349,10 @@ class Session:
                     deadline=deadline,
                     retry=Retry(attempts=1),
                     stop=self.stop,
-                    note=self._answered_by.note,
+                    note=self._heard,
                 )
             except (TransportError, ChecksumMismatch, MalformedFrame, BadReply) as exc:
+                self.trouble = str(exc)
                 if attempt >= self._retry.attempts:
                     raise
                 self._wait_before(attempt, exc, deadline)

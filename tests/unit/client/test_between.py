@@ -366,3 +366,21 @@ def test_a_second_attach_replaces_the_first(caplog: pytest.LogCaptureFixture) ->
     third = attach(training.model, training.optimizer, transport=training.service.transport, period=50, trial=False)
     assert sum("attached to before" in record.message for record in caplog.records) == 1
     third.close()
+
+
+# ------------------------------------------------------------------ outages
+
+
+def test_a_nowcast_that_can_only_be_rejected_is_called_off(caplog: pytest.LogCaptureFixture) -> None:
+    """Its buffers fill the next window, which is taken one period later."""
+    service = FakeService(linear)
+    service.gate.clear()
+    training = Training(service, trial=False, wait=0.0)
+    training.run(61)
+    assert any("it did not come within 10 steps" in record.message for record in caplog.records)
+    service.gate.set()
+    training.run(39)
+    assert training.handle.wait(60)
+    training.run(1)
+    assert [event.step for event in training.events if event.kind == "patched"] == [101]
+    assert training.handle.summary()["failed"] == {}

@@ -126,11 +126,10 @@ def test_a_nowcast_beyond_its_bound_is_rejected(stale_steps: int | None) -> None
     service = FakeService(linear)
     service.gate.clear()
     training = Training(service, trial=False, wait=0.0, stale_steps=stale_steps)
-    training.run(50 + (11 if stale_steps is None else 1))
+    training.run(50 + (10 if stale_steps is None else 0))
     service.gate.set()
     assert training.handle.wait(60)
     before = training.weights()
-    training.run(0)
     training.run(1)
     assert training.kinds() == ["nowcast", "rejected"]
     assert "steps after its last snapshot" in training.first("rejected").detail["reason"]
@@ -449,7 +448,7 @@ def test_strict_raises() -> None:
 def test_full_ring_drops_the_window_and_never_waits() -> None:
     service = FakeService(linear)
     service.gate.clear()
-    training = Training(service, trial=False, wait=0.0)
+    training = Training(service, trial=False, wait=0.0, stale_steps=200)
     training.run(170)
     skipped = training.handle.summary()["skipped"]
     assert any("buffer" in reason for reason in skipped)

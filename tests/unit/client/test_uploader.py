@@ -42,9 +42,7 @@ def test_a_window_nobody_wants_gives_its_slots_back_while_the_service_hangs() ->
     layout = layout_of(model, [torch.optim.SGD(model.parameters(), 0.1)], SPEC)
     ring = Ring(layout, 6, None)
     session = Session(FakeTransport(handle), SPEC)
-    uploader = Uploader(
-        session, ring, layout, upload_seconds=60.0, nowcast_seconds=60.0, patch_bound=4.0, keep_base=False
-    )
+    uploader = Uploader(session, ring, layout, upload_seconds=60.0, nowcast_seconds=60.0, patch_bound=4.0)
     for last, left in ((4, 6), (9, 5)):  # it hangs over the nowcast, then over the upload of the fifth snapshot
         window = Window()
         for step in range(last - 4, last + 1):
