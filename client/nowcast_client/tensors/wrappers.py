@@ -78,8 +78,8 @@ def kept_by(outermost: Sequence[object], layout: Layout) -> list[Kept]:
                 for path, key, tensor in _tensors(value, (number, attribute), None, DEPTH):
                     # Where a copy shares the weights' memory it moves with them.
                     if tensor.is_floating_point() and local(tensor).data_ptr() not in held:
-                        family = tuple(part for part in path if isinstance(part, str))
-                        families.setdefault((number, *family), []).append((path, key, tensor))
+                        kin = tuple(part for part in path if isinstance(part, str))
+                        families.setdefault((number, *kin), []).append((path, key, tensor))
         order = [p for p in _order(wrapper) if id(p) in names]
         for family, members in families.items():
             found += _matched(type(wrapper).__name__, family, members, order, names)
