@@ -254,6 +254,12 @@ def _open(
 ) -> tuple[Ring, Uploader]:
     """A session for a network, and room for its snapshots."""
     ring = Ring(layout, context + 1, WIRE_DTYPES[connection.wire_dtype] if connection.wire_dtype else None)
+    log.info(
+        "a snapshot copies and sends %.1f MB; host memory holds up to %d of them, and from the first patch on the "
+        "%.1f MB that train and their optimizer's state",
+        *(ring.snapshot_bytes / 1e6, context + 1),
+        sum(layout.parameters[name].nbytes for name in layout.movable) / 1e6,
+    )
     session = Session(
         transport,
         spec,

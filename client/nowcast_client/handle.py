@@ -142,9 +142,7 @@ class Handle:
 
         Returns:
             Counts of snapshots, nowcasts and verdicts; ``harm_steps``, steps lost to patches that were undone;
-            ``steps_saved_estimate``, an estimate of what the kept ones saved less what the undone ones lost (see
-            `nowcast_client.loop.savings`; None without a kept nowcast whose loss had a trend), over ``estimated_over``
-            nowcasts; ``steps_saved``, measured against ``baseline`` (None without one, or where it never got to this
+            ``steps_saved``, measured against ``baseline`` (None without one, or where it never got to this
             run's loss); ``seconds_per_step``, pauses included;
             ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer, of
             which ``wait_seconds`` were spent waiting, for a nowcast (``wait``) or for other ranks;

@@ -135,11 +135,6 @@ def describe(summary: Mapping[str, Any]) -> str:
 
     if summary["steps_saved"] is not None:
         told.append(f"saved {in_time(summary['steps_saved'])} by the losses of an earlier run alone")
-    if summary["steps_saved_estimate"] is not None:
-        told.append(
-            f"saved an estimated {in_time(summary['steps_saved_estimate'])}, "
-            f"by how fast the loss fell before and after {summary['estimated_over']} kept nowcasts"
-        )
     if summary["shadow"]:
         told.append(f"{summary['shadow']} only watched")
     if summary["rejected"]:

@@ -42,7 +42,6 @@ class Report(Request):
     loss_steps: Annotated[tuple[Step, ...], Field(max_length=MAX_LOSSES)] = ()
     losses: Annotated[tuple[Finite, ...], Field(max_length=MAX_LOSSES)] = ()
     events: Annotated[tuple[TrainingEvent, ...], Field(max_length=MAX_EVENTS)] = ()
-    steps_saved: Finite | None = None
     continues: Identifier | None = Field(default=None, description="The session this one goes on from.")
     ended: bool = False
 
@@ -85,7 +84,6 @@ class TrainingRow(Answer):
     recent: tuple[float, ...] = ()
     last: TrainingEvent | None = None
     counts: dict[str, int] = Field(default_factory=dict, description="Events by kind.")
-    steps_saved: float | None = None
     seen: float = 0.0
     started: float = Field(default=0.0, description="Unix time.")
 

@@ -75,7 +75,7 @@ class Reports:
         """Whether it is time to report; ``now`` in seconds of one clock."""
         return now >= self._due
 
-    def tell(self, now: float, step: int, mode: str, trace: LossTrace, saved: float | None) -> None:
+    def tell(self, now: float, step: int, mode: str, trace: LossTrace) -> None:
         """Hand over what is new.
 
         Args:
@@ -83,19 +83,16 @@ class Reports:
             step: Optimizer steps made; the loss of the newest may still be averaged with others, and waits.
             mode: ``on``, ``shadow`` or ``off``.
             trace: The losses reported so far.
-            saved: Steps the nowcasts are thought to have saved.
         """
         self._due = now + EVERY
-        if self._send(self._report(step, step - 1, mode, trace, saved, ended=False)):
+        if self._send(self._report(step, step - 1, mode, trace, ended=False)):
             self._events, self._told = [], step - 1
 
-    def last(self, step: int, mode: str, trace: LossTrace, saved: float | None) -> Callable[[], Report]:
+    def last(self, step: int, mode: str, trace: LossTrace) -> Callable[[], Report]:
         """Makes the last report; arguments as for `tell`."""
-        return self._report(step, step, mode, trace, saved, ended=True)
+        return self._report(step, step, mode, trace, ended=True)
 
-    def _report(
-        self, step: int, last: int, mode: str, trace: LossTrace, saved: float | None, *, ended: bool
-    ) -> Callable[[], Report]:
+    def _report(self, step: int, last: int, mode: str, trace: LossTrace, *, ended: bool) -> Callable[[], Report]:
         steps, losses = trace.between(self._told + 1, last)
         events, about = self._events, self._about
 
@@ -113,7 +110,6 @@ class Reports:
                     "loss_steps": ends,
                     "losses": means,
                     "events": [_event(*one) for one in events],
-                    "steps_saved": saved,
                     "ended": ended,
                 }
             )

@@ -1,63 +1,23 @@
-"""How many steps the nowcasts saved: an estimate from the loss's own trend, or a measurement against a run alone.
+"""How many steps the nowcasts saved: measured against a run alone.
 
-A run that was nowcast cannot know what a training alone would have reached. What it can say: how fast the loss fell in
-the half period before a nowcast, how fast it falls after the recovery, and by how much it is lower. A training alone
-would have gone through that drop at a speed between the two; their logarithmic mean is the right one for a straight
-line and for an exponential decay. Where the loss shows no fall beyond its noise there is no estimate, and none is
-longer than a period. On steep beginnings, whose fall slows down within the half period, it errs on the low side.
+A run that was nowcast cannot know what a training alone would have reached; estimates from the loss's own trend were
+wrong in sign on recorded pairs of runs.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from nowcast_proto.rules.verdict import Floats, noise, slope
+from nowcast_proto.rules.verdict import Floats
 
 from nowcast_client.errors import AttachError
 
 SMOOTHED = 50
 """Steps over which losses are averaged before they are compared with those of a run alone."""
-FEWEST = 20
-"""Losses that a trend is read from at least."""
-
-
-def ahead(before_steps: Floats, before: Floats, after_steps: Floats, after: Floats) -> float | None:
-    """Estimate how many steps a nowcast that was kept put the training ahead.
-
-    Args:
-        before_steps: (n,) steps of the losses from before the nowcast.
-        before: (n,) those losses.
-        after_steps: (m,) steps of the losses after the recovery.
-        after: (m,) those losses.
-
-    Returns:
-        Steps, negative where the loss is behind; None where it had no trend beyond its noise, or too few were reported.
-    """
-    before_steps, before = _finite(before_steps, before)
-    after_steps, after = _finite(after_steps, after)
-    if min(before.size, after.size) < FEWEST:
-        return None
-    old, doubt = slope(before_steps, before, noise(before))
-    new, new_doubt = slope(after_steps, after, noise(after))
-    if old >= -3.0 * doubt:
-        return None
-    left = before.mean() + old * (before_steps[-1] - before_steps.mean())
-    found = after.mean() + new * (after_steps[0] - after_steps.mean())
-    speed = -old
-    if new < -3.0 * new_doubt and abs(new / old - 1.0) > 1e-3:
-        speed = (new - old) / math.log(old / new)
-    longest = 2.0 * before.size
-    return float(np.clip((left - found) / speed - (after_steps[0] - before_steps[-1]), -longest, longest))
-
-
-def _finite(steps: Floats, losses: Floats) -> tuple[Floats, Floats]:
-    sane = np.isfinite(losses)
-    return steps[sane], losses[sane]
 
 
 class Baseline:

@@ -17,18 +17,12 @@ from nowcast_client.wire.transport import Transport
 COUNTED = ("snapshots", "asked", "arrived", "patched", "kept", "rolled_back", "rejected", "shadow", "unjudged")
 
 
-def saved_estimate(work: Nowcasting) -> int | None:
-    """Steps the kept nowcasts are thought to have saved, less those lost to the others; None where nothing is known."""
-    known = work.trials.gains()
-    return round(sum(known) - work.report.harm_steps) if known else None
-
-
 def tell_people(work: Nowcasting) -> None:
     """Report to those who watch, where it is time to."""
     people, now = work.report.people, time.perf_counter()
     if people is not None and people.due(now):
         work.trials.losses.read()
-        people.tell(now, work.steps.step, work.mode, work.trials.losses.trace, saved_estimate(work))
+        people.tell(now, work.steps.step, work.mode, work.trials.losses.trace)
 
 
 def last_report(work: Nowcasting) -> Callable[[], Report] | None:
@@ -37,7 +31,7 @@ def last_report(work: Nowcasting) -> Callable[[], Report] | None:
     if people is None:
         return None
     work.trials.losses.read(block=True)
-    return people.last(work.steps.step, work.mode, work.trials.losses.trace, saved_estimate(work))
+    return people.last(work.steps.step, work.mode, work.trials.losses.trace)
 
 
 def summary(
@@ -64,8 +58,6 @@ def summary(
         "steps": step,
         **{name: report.counts[name] for name in COUNTED},
         "harm_steps": report.harm_steps,
-        "steps_saved_estimate": saved_estimate(work),
-        "estimated_over": len(work.trials.gains()),
         "steps_saved": measured,
         "seconds_per_step": work.steps.seconds_per_step,
         "skipped": report.part("skipped: "),

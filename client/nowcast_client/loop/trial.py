@@ -1,4 +1,4 @@
-"""A patch on trial, and what patches that were kept are thought to have saved."""
+"""A patch on trial, and the losses it is judged by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nowcast_proto.rules.verdict import Floats, LossTrace, TrialSettings, Verdic
 
 from nowcast_client.errors import AttachError
 from nowcast_client.loop.losses import LossReader
-from nowcast_client.loop.savings import SMOOTHED, ahead
+from nowcast_client.loop.savings import SMOOTHED
 from nowcast_client.tensors.patch import Patch
 
 MIN_WINDOW = 5
@@ -60,13 +60,11 @@ class Trial:
         patch: It.
         patched_at: Step after which it was written.
         reference_from: First step whose loss says what was normal before.
-        trend_from: First step of the newest stretch before it in which nothing but training moved the loss.
     """
 
     patch: Patch
     patched_at: int
     reference_from: int
-    trend_from: int
 
 
 class Trials:
@@ -91,8 +89,6 @@ class Trials:
         self.settled_at = 0
         self._period = period
         self._undone_in_a_row = 0
-        self._gains: list[float] = []
-        self._kept: tuple[int, int, int] | None = None  # the newest kept patch: trend from, patched at, settled at
 
     @property
     def window(self) -> int:
@@ -106,7 +102,7 @@ class Trials:
     def trend(self, step: int) -> Floats:
         """Losses of the newest stretch, half a period, in which nothing but training moved them."""
         self.losses.read(block=True)
-        return self.losses.trace.between(self._trend_from(step), step - 1)[1]
+        return self.losses.trace.between(max(self.settled_at, step - self._period // 2), step - 1)[1]
 
     def blind(self, step: int) -> bool:
         """Whether too few losses are known to judge a patch made now."""
@@ -118,9 +114,8 @@ class Trials:
 
     def begin(self, patch: Patch, step: int, reference_from: int) -> None:
         """A patch has been written."""
-        self._gains, self._kept = self.gains(), None
         if self.settings is not None:
-            self.open = Trial(patch, step, reference_from, self._trend_from(step))
+            self.open = Trial(patch, step, reference_from)
 
     def over(self, step: int) -> bool:
         """Whether the window of the patch on trial is over."""
@@ -143,33 +138,16 @@ class Trials:
 
     def close(self, verdict: Verdict, step: int) -> bool:
         """The trial is over; returns whether its patch was the second in a row that was undone."""
-        trial, self.open = self.open, None
+        self.open = None
         self.settled_at = step
         self._undone_in_a_row = 0 if verdict.keep else self._undone_in_a_row + 1
-        if verdict.keep and trial is not None:
-            self._kept = trial.trend_from, trial.patched_at, step
         return self._undone_in_a_row >= 2
-
-    def gains(self) -> list[float]:
-        """Estimates of what each kept nowcast saved, in steps, as far as there is one."""
-        if self._kept is None:
-            return self._gains
-        self.losses.read()
-        trend_from, patched_at, settled_at = self._kept
-        before = self.losses.trace.between(trend_from, patched_at - 1)
-        after = self.losses.trace.between(settled_at, settled_at + self._period // 2)
-        gain = ahead(*before, *after)
-        return self._gains if gain is None else [*self._gains, gain]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for `load_state_dict`."""
-        return {"rolled_back_in_a_row": self._undone_in_a_row, "gains": self.gains()}
+        return {"rolled_back_in_a_row": self._undone_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another left off; its patch on trial counts as kept."""
-        self.open, self._kept = None, None
+        self.open = None
         self._undone_in_a_row = int(state["rolled_back_in_a_row"])
-        self._gains = list(state.get("gains", ()))
-
-    def _trend_from(self, step: int) -> int:
-        return max(self.settled_at, step - self._period // 2)

@@ -73,6 +73,9 @@ class Ring:
         layout: What to capture.
         slots: How many snapshots fit.
         wire_dtype: Dtype to store and send; None keeps each parameter's own.
+
+    Attributes:
+        snapshot_bytes: Host memory of one snapshot.
     """
 
     def __init__(self, layout: Layout, slots: int, wire_dtype: torch.dtype | None) -> None:
@@ -83,7 +86,9 @@ class Ring:
             made = torch.empty(p.shape, dtype=wire_dtype or p.dtype, device="cpu", pin_memory=pinned)
             return made if pinned else made.zero_()  # ordinary memory is really there once it has been written to
 
-        self._slots = [Slot({name: buffer(p) for name, p in layout.parameters.items()}) for _ in range(slots)]
+        self._make = lambda: {name: buffer(p) for name, p in layout.parameters.items()}
+        self._slots = [Slot({}) for _ in range(slots)]  # buffers are made when they are first needed
+        self.snapshot_bytes = sum(p.numel() * (wire_dtype or p.dtype).itemsize for p in layout.parameters.values())
         self._streams = {
             p.device: torch.cuda.Stream(p.device)  # type: ignore[no-untyped-call]
             for p in layout.parameters.values()
@@ -104,7 +109,7 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of the whole ring."""
+        """Host memory of the buffers made so far."""
         return sum(t.nbytes for slot in self._slots for t in slot.buffers.values())
 
     def take(self, layout: Layout, step: int, fill: Callable[[Slot], None] | None = None) -> Slot | None:
@@ -125,6 +130,7 @@ class Ring:
             slot.in_use = True
         slot.step, slot.frames, slot.copied = step, (), []
         try:
+            slot.buffers = slot.buffers or self._make()
             if fill is None:
                 self._copy(layout, slot)
             else:

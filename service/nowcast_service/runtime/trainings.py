@@ -123,7 +123,6 @@ class Watched:
     mode: str = "on"
     device: str | None = None
     optimizer: str | None = None
-    steps_saved: float | None = None
     ended: bool = False
     losses: Losses = field(default_factory=Losses)
     events: deque[TrainingEvent] = field(default_factory=lambda: deque(maxlen=EVENTS))
@@ -166,7 +165,6 @@ class Watched:
             recent=tuple(means[::-step][::-1]),
             last=self.events[-1] if self.events else None,
             counts=dict(self.counts),
-            steps_saved=self.steps_saved,
             seen=time.monotonic() - self.touched,
             started=self.started,
         )
@@ -264,7 +262,6 @@ class Board:
         found.optimizer = report.optimizer or found.optimizer
         found.period = report.period or found.period
         found.total_steps = report.total_steps or found.total_steps
-        found.steps_saved = report.steps_saved
         self._touch(found)
 
     def snapshot(self, tenant: str, session: str, step: int) -> None:
@@ -326,7 +323,7 @@ class Board:
         one = Watched(tenant, old.training, None, old.network, old.parameters, old.layers, started=old.started)
         one.name, one.step, one.mode = old.name, old.step, old.mode
         one.total_steps, one.period, one.device, one.optimizer = old.total_steps, old.period, old.device, old.optimizer
-        one.steps_saved, one.ended, one.reports = old.steps_saved, True, True
+        one.ended = one.reports = True
         one.losses = Losses.of(old.loss_steps, old.losses, old.width)
         one.events.extend(old.events)
         one.counts.update(old.counts)

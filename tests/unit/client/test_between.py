@@ -384,3 +384,13 @@ def test_a_nowcast_that_can_only_be_rejected_is_called_off(caplog: pytest.LogCap
     training.run(1)
     assert [event.step for event in training.events if event.kind == "patched"] == [101]
     assert training.handle.summary()["failed"] == {}
+
+
+def test_what_a_snapshot_takes_is_said_and_made_when_it_is_needed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "nowcast"):
+        training = Training(FakeService(linear), trial=False, wait=0.0)
+    assert any("a snapshot copies and sends 0.0 MB; host memory holds up to 6" in r.message for r in caplog.records)
+    one = sum(p.nbytes for p in training.model.parameters())
+    assert training.handle.summary()["host_bytes"] == 0
+    training.run(10)
+    assert training.handle.summary()["host_bytes"] == one

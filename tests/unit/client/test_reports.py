@@ -37,23 +37,22 @@ def test_each_loss_and_event_is_told_once() -> None:
     assert reports.due(0.0)
     losses = trace(range(6))
     reports.event("patched", 3, {"k": 20, "of": 2})
-    reports.tell(0.0, 5, "on", losses, None)
+    reports.tell(0.0, 5, "on", losses)
     assert not reports.due(EVERY / 2)
     assert reports.due(EVERY)
     losses.add(6, 6.0)
-    (last,) = [reports.last(7, "on", losses, 12.0)()]
+    (last,) = [reports.last(7, "on", losses)()]
     assert sent[0].loss_steps == (0, 1, 2, 3, 4)  # the newest may still be averaged with others
     assert [(e.kind, e.step, e.horizon) for e in sent[0].events] == [("patched", 3, 20)]
     assert (last.loss_steps, last.losses, last.events) == ((5, 6), (5.0, 6.0), ())
     assert last.ended
-    assert last.steps_saved == 12.0
 
 
 def test_what_was_not_sent_waits_for_the_next() -> None:
     reports, _ = collecting(takes=False)
     reports.event("kept", 2, {"reason": "the loss is back on trend"})
-    reports.tell(0.0, 3, "on", trace(range(4)), None)
-    last = reports.last(3, "on", trace(range(4)), None)()
+    reports.tell(0.0, 3, "on", trace(range(4)))
+    last = reports.last(3, "on", trace(range(4)))()
     assert last.loss_steps == (0, 1, 2, 3)
     assert last.events[0].reason == "the loss is back on trend"
 
@@ -71,7 +70,7 @@ def test_many_losses_become_means_and_what_is_no_number_is_left_out() -> None:
 def test_events_nobody_watches_are_left_out() -> None:
     reports, sent = collecting()
     reports.event("snapshot", 3, {"bytes": 12})
-    reports.tell(0.0, 5, "on", trace(range(2)), None)
+    reports.tell(0.0, 5, "on", trace(range(2)))
     assert sent[0].events == ()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = (ROOT / "docs" / "integrations.md").read_text()
-OTHERS = {"test_all_examples_are_run", "test_bench_integrations", "test_bench_hook"}
+OTHERS = {"test_all_examples_are_run", "test_first_nowcasts", "test_bench_integrations", "test_bench_hook"}
 """Tests that are about no corner."""
 
 

@@ -126,8 +126,7 @@ function show() {
     `started ${new Date(training.started * 1000).toLocaleString()}`].filter(Boolean).join(" · ");
   const asked = training.events.filter((event) => event.horizon);
   const figures = [["State", training.state === "live" ? `live, ${training.mode}` : training.state], ["Step", short(training.step)], ["Loss", short(training.loss)],
-    ["Horizon", asked.length ? `${asked[asked.length - 1].horizon} strides` : "–"], ["Kept", judged ? `${counts.kept || 0} of ${judged}` : "–"],
-    ["Steps saved", training.steps_saved === null || training.steps_saved === undefined ? "not known" : `about ${short(Math.round(training.steps_saved))}`]];
+    ["Horizon", asked.length ? `${asked[asked.length - 1].horizon} strides` : "–"], ["Kept", judged ? `${counts.kept || 0} of ${judged}` : "–"]];
   $("figures").replaceChildren(...figures.map(([what, value]) => { const div = make("div"); div.append(make("dt", what), make("dd", value)); return div; }));
   const events = [...training.events].reverse().slice(0, 200);
   $("events").replaceChildren(...events.map((event) => {
