@@ -14,7 +14,9 @@ from nowcast_service.graph.contract import contract
 from nowcast_service.graph.pyg import token_positions
 from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.nino.checkpoint import save_checkpoint
+from nowcast_service.predictors.base import ahead
 from nowcast_service.predictors.nino import NiNo
+from nowcast_service.predictors.registry import Options
 from safetensors.torch import load_file
 
 from ..command import nowcast, write_case
@@ -58,7 +60,7 @@ def test_the_command_line_nowcasts_a_network_with_a_graph_of_its_own(tmp_path, c
     options = ["--spec", tmp_path / "spec.json", "--checkpoint", tmp_path / "nino.safetensors", "--k", 8, "--out", out]
     done = nowcast(capfd, "predict", *options, "--snapshots", *snapshots)
     assert (done.status, done.err) == (0, "")
-    wanted, _ = NiNo(made).predict(history(family), 8)
+    wanted, _ = ahead(NiNo(Options(made)), history(family), 8)
     assert update_error(load_file(out), wanted, history(family).snapshots[-1]) < 1e-6
 
 
@@ -119,8 +121,8 @@ def test_a_tensor_used_twice_is_predicted_once_and_the_engine_agrees_with_its_tw
     uses = [block.writes for block, view in graph.weighted() if view.parameter == "words"]
     assert uses == [True, False]
     made, past = checkpoint(**fields), history(spec)
-    found, _ = NiNo(made).predict(past, 5)
-    wanted, _ = NiNo(made, reference=True).predict(past, 5)
+    found, _ = ahead(NiNo(Options(made)), past, 5)
+    wanted, _ = ahead(NiNo(Options(made, reference=True)), past, 5)
     assert update_error(found, wanted, past.snapshots[-1]) < 1e-4
     assert torch.equal(found["odd"], past.snapshots[-1]["odd"])
     assert not torch.equal(found["words"], past.snapshots[-1]["words"])
@@ -154,7 +156,7 @@ def test_a_depthwise_kernel_that_is_left_out_still_ties_its_two_sides():
 def test_what_is_left_goes_to_the_edge_wise_predictor_where_asked():
     spec = tied()
     past, edgewise = history(spec), checkpoint(gnn=False)
-    found, _ = NiNo(checkpoint(), uncovered="edgewise", edgewise=edgewise).predict(past, 5)
+    found, _ = ahead(NiNo(Options(checkpoint(), uncovered="edgewise", edgewise=edgewise)), past, 5)
     assert not torch.equal(found["odd"], past.snapshots[-1]["odd"])
 
 
