@@ -30,7 +30,7 @@ from nowcast_client.loop.trial import Trials, fitted
 from nowcast_client.loop.windows import Windows
 from nowcast_client.network.adapters import ADAPTER_PREDICTOR, ADAPTERS_WATCHED, adapter_spec
 from nowcast_client.network.derive import derive_spec
-from nowcast_client.settings import Cadence, Connection, Mode, Patching, Shorthand, merged, refuse_unknown
+from nowcast_client.settings import ByName, Cadence, Connection, Mode, Patching, merged, refuse_unknown
 from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, innermost
 from nowcast_client.tensors.snapshot import Ring
 from nowcast_client.tensors.watch import Watch
@@ -71,7 +71,7 @@ def attach(
     schedule: Cadence | None = None,
     patching: Patching | None = None,
     spec: ArchitectureSpec | None = None,
-    **settings: Unpack[Shorthand],
+    **settings: Unpack[ByName],
 ) -> Handle:
     """Nowcast a training: one line before the loop, and ``handle.observe(loss)`` in it.
 
@@ -222,7 +222,7 @@ def _network(
     model: nn.Module,
     optimizers: list[Optimizer],
     spec: ArchitectureSpec | None,
-    settings: Shorthand,
+    settings: ByName,
     doubtful: Mode,
     mode: Mode,
 ) -> _Network:

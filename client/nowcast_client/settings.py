@@ -134,7 +134,6 @@ class Patching:
 class Shorthand(TypedDict, total=False):
     """Single fields of `Connection`, `Cadence` and `Patching`, and what `derive_spec` takes, by name."""
 
-    url: str | None
     api_key: str | None
     timeout: float
     nowcast_timeout: float
@@ -159,6 +158,12 @@ class Shorthand(TypedDict, total=False):
     strict: bool
     include_frozen: bool
     table: DeclaredTable | str | Path | None
+
+
+class ByName(Shorthand, total=False):
+    """`Shorthand`, and the url where the service is not given otherwise."""
+
+    url: str | None
 
 
 class AttachSettings(Shorthand, total=False):
@@ -188,9 +193,9 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
     Raises:
         AttachError: With the nearest name.
     """
-    known = AttachSettings.__annotations__ | Shorthand.__annotations__
+    known = AttachSettings.__annotations__ | ByName.__annotations__
     for name in given:
-        if name not in Shorthand.__annotations__:
+        if name not in ByName.__annotations__:
             longer = [other for other in known if other.startswith(name)]
             nearest = longer or difflib.get_close_matches(name, known, 1, 0.5)
             raise AttachError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
@@ -11,10 +11,15 @@ from torch import nn
 from nowcast_client.attaching import attach as attach_hook
 from nowcast_client.handle import Handle
 from nowcast_client.loggers import Metrics, is_wandb, to_wandb
+from nowcast_client.settings import AttachSettings, Connection
 
 
 def attach(
-    accelerator: Accelerator, model: nn.Module, optimizer: object, url: str | None = None, **settings: Any
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: object,
+    url: str | Connection | None = None,
+    **settings: Unpack[AttachSettings],
 ) -> Handle:
     """Nowcast a training loop written with Accelerate.
 

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nowcast_client.attaching import attach
 from nowcast_client.handle import Handle
 from nowcast_client.integrations.networks import network
 from nowcast_client.loggers import describe, together
+from nowcast_client.settings import AttachSettings, Connection
 
 log = logging.getLogger("nowcast")
 
@@ -60,12 +61,12 @@ class NowcastCallback(TrainerCallback, ExportableState):
         summary: What `Handle.summary` said when the last training ended.
     """
 
-    def __init__(self, url: str | None = None, **settings: Any) -> None:
+    def __init__(self, url: str | Connection | None = None, **settings: Unpack[AttachSettings]) -> None:
         self.handle: Handle | None = None
         self.summary: dict[str, Any] = {}
         self.saved: dict[str, Any] | None = None
         self._url = url
-        self._settings = settings
+        self._settings: AttachSettings = settings
         self._numbers: dict[str, float] = {}
         self._forward: Any = None
         self._watched = False
@@ -78,10 +79,15 @@ class NowcastCallback(TrainerCallback, ExportableState):
         if self.handle is not None:  # an earlier training was interrupted
             self.handle.close()
         model: nn.Module = kwargs["model"]
-        settings = {"total_steps": state.max_steps, **self._settings}
+        settings: AttachSettings = {
+            "total_steps": state.max_steps,
+            "metrics": self._take,
+            **self._settings,
+            "acts": "when_told",
+        }
         # A model of the library is what it is; one of the user's own may only wrap a network to return its loss.
         inner = model if hasattr(model, "config") else network(model)
-        self.handle = attach(inner, kwargs["optimizer"], self._url, acts="when_told", metrics=self._take, **settings)
+        self.handle = attach(inner, kwargs["optimizer"], self._url, **settings)
         self._seen_loss = False
         saved = self._restored(state)
         if saved is not None:
@@ -143,9 +149,11 @@ class NowcastCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into ``trainer_state.json``; values JSON has no form for stay out of it."""
-        plain = {k: v for k, v in self._settings.items() if v is None or isinstance(v, str | int | float | bool)}
+        kept = (item for item in self._settings.items() if item[0] != "api_key")
+        plain = {k: v for k, v in kept if v is None or isinstance(v, str | int | float | bool)}
+        url = self._url if isinstance(self._url, str) else None
         saved = self.handle.state_dict() if self.handle is not None else self.saved
-        return {"args": {"url": self._url, **plain}, "attributes": {"saved": saved}}
+        return {"args": {"url": url, **plain}, "attributes": {"saved": saved}}
 
     def _restored(self, state: TrainerState) -> dict[str, Any] | None:
         """The state a checkpoint was saved with, whether or not the Trainer restores callbacks from checkpoints."""
@@ -178,7 +186,9 @@ class NowcastCallback(TrainerCallback, ExportableState):
         self._numbers = together(self._numbers, {**numbers, "nowcast/step": float(step)})
 
 
-def add_nowcast(trainer: Trainer, url: str | None = None, **settings: Any) -> NowcastCallback:
+def add_nowcast(
+    trainer: Trainer, url: str | Connection | None = None, **settings: Unpack[AttachSettings]
+) -> NowcastCallback:
     """Nowcast a Trainer's training: one line before ``trainer.train()``.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from nowcast_client.attaching import attach
 from nowcast_client.handle import Handle
 from nowcast_client.integrations.networks import network
 from nowcast_client.loggers import Metrics, describe, is_wandb, to_wandb, together
+from nowcast_client.settings import AttachSettings, Connection
 
 log = logging.getLogger("nowcast")
 
@@ -39,11 +40,11 @@ class NowcastCallback(Callback):
         summary: What `Handle.summary` said when the last training ended.
     """
 
-    def __init__(self, url: str | None = None, **settings: Any) -> None:
+    def __init__(self, url: str | Connection | None = None, **settings: Unpack[AttachSettings]) -> None:
         self.handle: Handle | None = None
         self.summary: dict[str, Any] = {}
         self._url = url
-        self._settings = settings
+        self._settings: AttachSettings = settings
         self._saved: dict[str, Any] | None = None
         self._step_before = 0
         self._pending: dict[int, dict[str, float]] = {}
@@ -52,10 +53,13 @@ class NowcastCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the innermost optimizers; go on from a checkpoint's state."""
         total = trainer.estimated_stepping_batches
-        settings = {"total_steps": int(total) if total != float("inf") else None, **self._settings}
-        self.handle = attach(
-            network(pl_module), list(trainer.optimizers), self._url, acts="when_told", metrics=self._take, **settings
-        )
+        settings: AttachSettings = {
+            "total_steps": int(total) if total != float("inf") else None,
+            "metrics": self._take,
+            **self._settings,
+            "acts": "when_told",
+        }
+        self.handle = attach(network(pl_module), list(trainer.optimizers), self._url, **settings)
         self._targets = [_to_logger(logger) for logger in trainer.loggers]
         if self._saved is not None:
             self.handle.load_state_dict(self._saved)
