@@ -23,3 +23,10 @@ JOB = {
     "deadline": 60.0,
 }
 VERDICT = {"nowcast": "step-1000", "outcome": "rolled_back", "reason": "loss above trend", "step": 1050}
+REPORT = {
+    "step": 1060,
+    "name": "digits",
+    "loss_steps": [1058, 1059],
+    "losses": [0.52, 0.49],
+    "events": [{"kind": "kept", "step": 1050, "reason": "the loss is back on trend"}],
+}

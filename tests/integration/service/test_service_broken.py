@@ -70,7 +70,7 @@ def test_an_upload_cut_at_every_header_byte_and_many_payload_bytes(server: Serve
                 state = client.get("/v1/sessions/cut/snapshots/0").json()
                 assert state["state"] in ("missing", "partial")
         assert client.get("/v1/sessions/cut/snapshots/0").json()["state"] != "complete"
-        error(ask(client, "cut", "n1", (0,)), 409, "missing_snapshots")
+        error(ask(client, "cut", "n1", (0, 100)), 409, "missing_snapshots")
         # 201, not 200: none of them ever counted.
         assert sent(client, "/v1/sessions/cut/snapshots/0", TRAINING.snapshot(0)).status_code == 201
         found = client.get("/metrics").text

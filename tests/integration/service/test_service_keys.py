@@ -57,13 +57,14 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def call(client: httpx.Client, method: str, path: str) -> httpx.Response:
     """Call a route as it would be called on Alice's session."""
-    filled = path.format(session="hers", step=0, nowcast="n1")
+    filled = path.format(session="hers", training="hers", step=0, nowcast="n1")
     if path.endswith(("nowcast", "{step}")) and method in ("POST", "PUT"):
         encoder = TRAINING.request() if path.endswith("nowcast") else TRAINING.snapshot(0)
         return send(client, method, filled, encoder)
     bodies = {
         "/v1/sessions/{session}/nowcasts": {"nowcast": "n1", "steps": [0, 100], "k": 10, "predictor": "linear"},
         "/v1/sessions/{session}/verdicts": {"nowcast": "n1", "outcome": "applied"},
+        "/v1/sessions/{session}/reports": {"step": 1},
     }
     return client.request(method, filled, json=bodies.get(path))
 

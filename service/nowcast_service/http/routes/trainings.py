@@ -27,8 +27,9 @@ from nowcast_proto.version import (
 from pydantic import TypeAdapter
 
 from nowcast_service.graph.picture import picture
+from nowcast_service.http import examples
 from nowcast_service.http.bodies import read_model
-from nowcast_service.http.routes.common import SMALL, ServiceOf, SessionId, TenantOf
+from nowcast_service.http.routes.common import SMALL, ServiceOf, SessionId, TenantOf, json_body
 from nowcast_service.runtime.trainings import Watched, Watcher
 
 PAGE = {
@@ -79,12 +80,7 @@ _add_page()
     tags=["trainings"],
     summary="Say what a training did",
     response_model=ReportReply,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Report"}}},
-        }
-    },
+    openapi_extra=json_body("Report", examples.REPORT),
 )
 async def post_report(request: Request, service: ServiceOf, tenant: TenantOf, name: SessionId) -> ReportReply:
     """Take losses and events of a training, for those who watch it. Nothing is predicted from them."""
