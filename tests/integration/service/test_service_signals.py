@@ -119,7 +119,7 @@ def test_sigterm_ends_in_time_even_when_a_nowcast_does_not(serve: Serve, tmp_pat
 
 def test_a_stopped_process_is_not_ready_and_recovers(server: Server):
     with server.client() as client:
-        assert client.get("/readyz").status_code == 200
+        assert eventually(lambda: client.get("/readyz").status_code == 200)
     with server.client(timeout=1.0) as client:
         server.signal(signal.SIGSTOP)
         try:
