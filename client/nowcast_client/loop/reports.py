@@ -18,6 +18,8 @@ from nowcast_proto.trainings import MAX_EVENTS, Report, TrainingEvent
 
 EVERY = 2.0
 """Seconds between two reports."""
+SOON = 100
+"""Steps after which a report is due whatever the time: no trace of losses is shorter than this."""
 _MOST = 1_000
 """Losses in one report; more are averaged."""
 _SHOWN = frozenset(
@@ -71,9 +73,9 @@ class Reports:
         if kind in _SHOWN and len(self._events) < MAX_EVENTS:
             self._events.append((kind, step, detail))
 
-    def due(self, now: float) -> bool:
-        """Whether it is time to report; ``now`` in seconds of one clock."""
-        return now >= self._due
+    def due(self, now: float, step: int) -> bool:
+        """Whether it is time to report, or losses would soon be forgotten; ``now`` in seconds of one clock."""
+        return now >= self._due or step - self._told > SOON
 
     def tell(self, now: float, step: int, mode: str, trace: LossTrace) -> None:
         """Hand over what is new.

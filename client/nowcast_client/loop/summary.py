@@ -20,7 +20,7 @@ COUNTED = ("snapshots", "asked", "arrived", "patched", "kept", "rolled_back", "r
 def tell_people(work: Nowcasting) -> None:
     """Report to those who watch, where it is time to."""
     people, now = work.report.people, time.perf_counter()
-    if people is not None and people.due(now):
+    if people is not None and people.due(now, work.steps.step):
         work.trials.losses.read()
         people.tell(now, work.steps.step, work.mode, work.trials.losses.trace)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nowcast_client.loop.reports import EVERY, About, Reports, thinned
+from nowcast_client.loop.reports import EVERY, SOON, About, Reports, thinned
 from nowcast_proto.rules.verdict import LossTrace
 from nowcast_proto.trainings import Report
 
@@ -34,12 +34,13 @@ def trace(steps: range) -> LossTrace:
 
 def test_each_loss_and_event_is_told_once() -> None:
     reports, sent = collecting()
-    assert reports.due(0.0)
+    assert reports.due(0.0, 1)
     losses = trace(range(6))
     reports.event("patched", 3, {"k": 20, "of": 2})
     reports.tell(0.0, 5, "on", losses)
-    assert not reports.due(EVERY / 2)
-    assert reports.due(EVERY)
+    assert not reports.due(EVERY / 2, 6)
+    assert reports.due(EVERY, 6)
+    assert reports.due(EVERY / 2, 5 + SOON)
     losses.add(6, 6.0)
     (last,) = [reports.last(7, "on", losses)()]
     assert sent[0].loss_steps == (0, 1, 2, 3, 4)  # the newest may still be averaged with others
