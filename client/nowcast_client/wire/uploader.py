@@ -366,7 +366,7 @@ class Uploader:
         self.session.stop = self._ending
         try:
             self.session.report(make(), time.monotonic() + 2.0)
-        except NowcastError as exc:  # nobody's training depends on being watched
+        except Exception as exc:  # nobody's training depends on being watched, whatever went wrong
             log.debug("a report was not taken: %s", exc)
         finally:
             self._telling = False

@@ -14,6 +14,7 @@ from nowcast_client.wire.transport import Request
 from nowcast_client.wire.uploader import Uploader, Window
 from nowcast_proto.messages import NowcastJob
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
+from nowcast_proto.trainings import Report
 from torch import nn
 
 SPEC = ArchitectureSpec(family="sequential", parameters=(ParameterSpec(name="weight", shape=(2, 3)),))
@@ -62,3 +63,21 @@ def test_a_window_nobody_wants_gives_its_slots_back_while_the_service_hangs() ->
         hangs.clear()
         asked.clear()
     uploader.close(5.0)
+
+
+def test_a_report_that_cannot_be_made_ends_nothing() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    layout = layout_of(model, [torch.optim.SGD(model.parameters(), 0.1)], SPEC)
+    session = Session(FakeTransport(lambda request: (200, {}, b"{}")), SPEC)
+    uploader = Uploader(
+        session, Ring(layout, 6, None), layout, upload_seconds=9.0, nowcast_seconds=9.0, patch_bound=4.0
+    )
+
+    def broken() -> Report:
+        raise ValueError("a loss nobody thought of")
+
+    assert uploader.tell(broken)
+    assert uploader.idle(60)
+    assert uploader.tell(broken)  # the thread lives, and takes the next one
+    assert uploader.idle(60)
+    assert uploader.close(60)
