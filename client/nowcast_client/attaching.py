@@ -153,7 +153,7 @@ def attach(
         people = None
         if way is not None and connection.report:
             about = About.of(model, optimizers[-1], connection.name, every, total_steps)
-            people = Reports(about, lambda make: windows.uploader is not None and windows.uploader.tell(make))
+            people = Reports(about, lambda *report: windows.uploader is not None and windows.uploader.tell(*report))
         work = Nowcasting(
             network.mode,
             timetable,

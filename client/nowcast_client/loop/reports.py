@@ -1,14 +1,15 @@
 """What people who watch are told of a training: its losses and events, in batches, beside everything else.
 
-The trainer only notes; the uploader's thread makes the message and sends it. A report that does not arrive is lost, and
-nothing else is.
+The trainer only notes; the uploader's thread makes the message and sends it. What did not arrive is said again with the
+next report, as far as the losses are still known; what arrived twice the service keeps once.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,19 +54,37 @@ class About:
         return cls(told[:128], device, type(optimizer).__name__[:128], period, total_steps)
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """A report that was handed over.
+
+    Attributes:
+        events: How many events it tells of.
+        last: Step of its newest loss.
+        arrived: Set once the service has taken it.
+    """
+
+    events: int
+    last: int
+    arrived: threading.Event = field(default_factory=threading.Event)
+
+
 class Reports:
     """Collects what is new since the last report.
 
     Args:
         about: What does not change.
-        send: Takes a function that makes the report, to be called and sent on another thread; says whether it will be.
+        send: Takes a function that makes the report and one that hears that it arrived, both to be called on another
+            thread; says whether it will be tried. One at a time is under way.
     """
 
-    def __init__(self, about: About, send: Callable[[Callable[[], Report]], bool]) -> None:
+    def __init__(self, about: About, send: Callable[[Callable[[], Report], Callable[[], None]], bool]) -> None:
         self._about = about
         self._send = send
         self._events: list[tuple[str, int, Mapping[str, Any]]] = []
         self._told = -1
+        self._tried = -1
+        self._under_way: _UnderWay | None = None
         self._due = 0.0
 
     def event(self, kind: str, step: int, detail: Mapping[str, Any]) -> None:
@@ -75,7 +94,7 @@ class Reports:
 
     def due(self, now: float, step: int) -> bool:
         """Whether it is time to report, or losses would soon be forgotten; ``now`` in seconds of one clock."""
-        return now >= self._due or step - self._told > SOON
+        return now >= self._due or step - self._tried > SOON
 
     def tell(self, now: float, step: int, mode: str, trace: LossTrace) -> None:
         """Hand over what is new.
@@ -86,17 +105,27 @@ class Reports:
             mode: ``on``, ``shadow`` or ``off``.
             trace: The losses reported so far.
         """
-        self._due = now + EVERY
-        if self._send(self._report(step, step - 1, mode, trace, ended=False)):
-            self._events, self._told = [], step - 1
+        self._due, self._tried = now + EVERY, step - 1
+        self._settle()
+        under_way = _UnderWay(len(self._events), step - 1)
+        if self._send(self._report(step, step - 1, mode, trace, ended=False), under_way.arrived.set):
+            self._under_way = under_way
 
     def last(self, step: int, mode: str, trace: LossTrace) -> Callable[[], Report]:
         """Makes the last report; arguments as for `tell`."""
+        self._settle()
         return self._report(step, step, mode, trace, ended=True)
+
+    def _settle(self) -> None:
+        """Forget what is known to have arrived."""
+        sent, self._under_way = self._under_way, None
+        if sent is not None and sent.arrived.is_set():
+            del self._events[: sent.events]
+            self._told = sent.last
 
     def _report(self, step: int, last: int, mode: str, trace: LossTrace, *, ended: bool) -> Callable[[], Report]:
         steps, losses = trace.between(self._told + 1, last)
-        events, about = self._events, self._about
+        events, about = tuple(self._events), self._about
 
         def make() -> Report:
             ends, means = thinned(steps, losses)

@@ -189,12 +189,17 @@ class Uploader:
         """Tell the service what became of a nowcast."""
         self._submit(lambda: self._verdict(nowcast, outcome, reason, step))
 
-    def tell(self, make: Callable[[], Report]) -> bool:
-        """Make a report and send it, for those who watch; whether it will be tried. One at a time is under way."""
+    def tell(self, make: Callable[[], Report], arrived: Callable[[], None]) -> bool:
+        """Make a report and send it, for those who watch; whether it will be tried. One at a time is under way.
+
+        Args:
+            make: Makes the report; called in the thread.
+            arrived: Called in the thread once the service has taken it.
+        """
         if self._telling or self._closing:
             return False
         self._telling = True
-        self._submit(lambda: self._tell(make))
+        self._submit(lambda: self._tell(make, arrived))
         return True
 
     def answered(self, window: Window) -> bool:
@@ -255,8 +260,8 @@ class Uploader:
         try:
             self.session.stop = None
             if self._last is not None:
-                self.session.report(self._last(), time.monotonic() + 1.0)
-            self.session.delete(time.monotonic() + 1.0)
+                self.session.report(self._last(), time.monotonic() + 5.0)  # nobody waits longer than `close` says
+            self.session.delete(time.monotonic() + 5.0)
         except Exception as exc:  # the service forgets idle sessions by itself
             log.debug("the session was not deleted: %s", exc)
 
@@ -362,10 +367,11 @@ class Uploader:
         except Exception as exc:
             self._report(Failed("verdict", step, exc))
 
-    def _tell(self, make: Callable[[], Report]) -> None:
+    def _tell(self, make: Callable[[], Report], arrived: Callable[[], None]) -> None:
         self.session.stop = self._ending
         try:
             self.session.report(make(), time.monotonic() + 2.0)
+            arrived()
         except Exception as exc:  # nobody's training depends on being watched, whatever went wrong
             log.debug("a report was not taken: %s", exc)
         finally:

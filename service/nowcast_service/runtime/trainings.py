@@ -127,6 +127,7 @@ class Watched:
     losses: Losses = field(default_factory=Losses)
     events: deque[TrainingEvent] = field(default_factory=lambda: deque(maxlen=EVENTS))
     counted: int = 0
+    known: set[tuple[str, int]] = field(default_factory=set)
     reports: bool = False
     shown: TrainingState = "live"
     counts: Counter[str] = field(default_factory=Counter)
@@ -140,7 +141,13 @@ class Watched:
         return "silent" if time.monotonic() - self.touched > SILENT_AFTER else "live"
 
     def note(self, event: TrainingEvent) -> None:
-        """Keep an event, and count it."""
+        """Keep an event, and count it; once, though it may be told by a verdict and by reports."""
+        key = (event.kind, event.step)
+        if key in self.known:
+            return
+        self.known.add(key)
+        if len(self.events) == self.events.maxlen:
+            self.known.discard((self.events[0].kind, self.events[0].step))
         self.events.append(event)
         self.counted += 1
         self.counts[event.kind] += 1
@@ -233,7 +240,7 @@ class Board:
             )
             if found is not None:
                 known.started, known.losses, known.events = found.started, found.losses, found.events
-                known.counts, known.counted = found.counts, found.counted
+                known.counts, known.counted, known.known = found.counts, found.counted, found.known
             self._trainings[tenant, session] = found = known
             self._make_room()
         self._touch(found)
@@ -251,6 +258,7 @@ class Board:
             found.events.extendleft(reversed(before.events))
             found.counts.update(before.counts)
             found.counted += before.counted
+            found.known |= before.known
         for step, loss in zip(report.loss_steps, report.losses, strict=True):
             found.losses.add(step, loss)
         for event in report.events:
@@ -326,6 +334,7 @@ class Board:
         one.ended = one.reports = True
         one.losses = Losses.of(old.loss_steps, old.losses, old.width)
         one.events.extend(old.events)
+        one.known = {(event.kind, event.step) for event in old.events}
         one.counts.update(old.counts)
         one.counted = len(one.events)
         one.movements.extend(old.movements)

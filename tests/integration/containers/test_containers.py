@@ -116,7 +116,8 @@ def test_killed_and_restarted_half_way(stack: Stack) -> None:
     restarting.join()
     assert trainer.status == 0, trainer.errors
     assert trainer.report["steps"] == 400
-    assert trainer.report["failed"] or trainer.report["resent"], "the kill went unnoticed"
+    lost = [reason for reason in trainer.report["skipped"] if "did not come within" in reason]
+    assert trainer.report["failed"] or trainer.report["resent"] or lost, f"the kill went unnoticed: {trainer.report}"
     assert back_at, "the service did not come back"
     before = [step for step in trainer.steps_of("nowcast") if step <= killed_at[0]]
     after = [step for step in trainer.steps_of("nowcast") if step > back_at[0]]

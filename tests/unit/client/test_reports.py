@@ -14,12 +14,14 @@ from nowcast_proto.trainings import Report
 ABOUT = About("digits", "cpu", "AdamW", 100, 1000)
 
 
-def collecting(*, takes: bool = True) -> tuple[Reports, list[Report]]:
+def collecting(*, takes: bool = True, arrives: bool = True) -> tuple[Reports, list[Report]]:
     sent: list[Report] = []
 
-    def send(make: Callable[[], Report]) -> bool:
+    def send(make: Callable[[], Report], arrived: Callable[[], None]) -> bool:
         if takes:
             sent.append(make())
+            if arrives:
+                arrived()
         return takes
 
     return Reports(ABOUT, send), sent
@@ -49,8 +51,9 @@ def test_each_loss_and_event_is_told_once() -> None:
     assert last.ended
 
 
-def test_what_was_not_sent_waits_for_the_next() -> None:
-    reports, _ = collecting(takes=False)
+@pytest.mark.parametrize("takes", [False, True])
+def test_what_did_not_arrive_is_told_with_the_next(*, takes: bool) -> None:
+    reports, _ = collecting(takes=takes, arrives=False)
     reports.event("kept", 2, {"reason": "the loss is back on trend"})
     reports.tell(0.0, 3, "on", trace(range(4)))
     last = reports.last(3, "on", trace(range(4)))()

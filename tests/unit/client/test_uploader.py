@@ -76,8 +76,10 @@ def test_a_report_that_cannot_be_made_ends_nothing() -> None:
     def broken() -> Report:
         raise ValueError("a loss nobody thought of")
 
-    assert uploader.tell(broken)
+    told: list[bool] = []
+    assert uploader.tell(broken, lambda: told.append(True))
     assert uploader.idle(60)
-    assert uploader.tell(broken)  # the thread lives, and takes the next one
+    assert uploader.tell(broken, lambda: told.append(True))  # the thread lives, and takes the next one
     assert uploader.idle(60)
+    assert not told
     assert uploader.close(60)

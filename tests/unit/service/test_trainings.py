@@ -80,6 +80,19 @@ def test_verdicts_stand_in_where_nothing_is_reported() -> None:
     assert made.rows("ann")[0].counts == {"patched": 1}
 
 
+def test_an_event_told_twice_is_one() -> None:
+    """By a verdict and a report, or by a report that was repeated since its answer was lost."""
+    made = board()
+    made.judged("ann", "run", Verdict(nowcast="n", outcome="applied", step=7))
+    events = (TrainingEvent(kind="patched", step=7, horizon=5), TrainingEvent(kind="kept", step=9))
+    for _ in range(2):
+        made.report("ann", "run", Report(step=9, loss_steps=(8, 9), losses=(2.0, 1.0), events=events))
+    whole = made.get("ann", "run").whole()
+    assert whole.counts == {"patched": 1, "kept": 1}
+    assert len(whole.events) == 2
+    assert whole.losses == (2.0, 1.0)
+
+
 def test_room_is_made_of_ended_trainings_first() -> None:
     made = board(most=2)
     made.opened("ann", "second", SPEC)
