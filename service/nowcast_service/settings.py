@@ -29,7 +29,7 @@ OTHERS = frozenset(
     "NOWCAST_" + name
     for name in (
         # read by the command line, the client and the example job
-        *("CA_FILE", "CACHE", "ENGINE_STATE", "MODE", "URL", "WEIGHTS_URL"),
+        *("CA_FILE", "CACHE", "DATA", "ENGINE_STATE", "MODE", "URL", "WEIGHTS_URL"),
         # by docker-compose.yml
         *("BASE_IMAGE", "BUILD_IMAGE", "BUILD_NETWORK", "IMAGE", "PUBLISH_PORT", "TORCH_ARGS", "TRAIN_STEPS"),
         *("MEMORY", "CPUS", "ENV_FILE", "KEYS_FILE"),

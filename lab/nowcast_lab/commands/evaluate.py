@@ -30,7 +30,10 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="Length of a run where it is not the task's.")] = None,
     until_target: Annotated[bool, typer.Option(help="End a run where it reaches the task's published target.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write Markdown tables here, and a plot per task beside.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(envvar="NOWCAST_DATA", help="Folder of CIFAR-10 and tinyshakespeare; ./data if not said."),
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Ask this server for nowcasts instead of predicting here.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,

@@ -24,7 +24,10 @@ def register(root: typer.Typer) -> None:
 def collect(
     out: Folder,
     recipe: Annotated[str, typer.Option(help="cpu, gpu, smoke, or a JSON file.")] = "cpu",
-    data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(envvar="NOWCAST_DATA", help="Folder of CIFAR-10 and tinyshakespeare; ./data if not said."),
+    ] = None,
     device: Device = "cpu",
     precision: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     disk_budget: Annotated[float, typer.Option(help="Most GB all shards together may take.")] = 20.0,
@@ -174,7 +177,10 @@ def refine(
         list[int] | None, typer.Option("--period", help="Steps between nowcasts an episode may have; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="All randomness.")] = 0,
-    data: Annotated[str | None, typer.Option(help="Folder of CIFAR-10 and tinyshakespeare.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(envvar="NOWCAST_DATA", help="Folder of CIFAR-10 and tinyshakespeare; ./data if not said."),
+    ] = None,
     device: Device = "cpu",
     save_every: Annotated[int, typer.Option(help="Updates between saves.")] = 20,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train; they do not change the result.")] = 1,

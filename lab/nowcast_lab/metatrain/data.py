@@ -1,9 +1,10 @@
 """Real data for small trainings: images and text, with a digest of what was read.
 
-CIFAR-10 and tinyshakespeare are read from a folder the user names; scikit-learn's digits, the standard library's own
-source (``stdlib``), PyTorch's C++ headers (``headers``) and SymPy's source (``sympy``, which comes with PyTorch) are on
-every machine. Sources are named by strings, so recipes and manifests can hold them: ``cifar10@16`` (averaged down to
-16 x 16), ``cifar10@32``, ``digits``, ``shakespeare:bytes``, ``headers:bytes``, ``shakespeare:words2000``.
+CIFAR-10 and tinyshakespeare are read from a folder, in the files they are published in (see `data_folder`);
+scikit-learn's digits, the standard library's own source (``stdlib``), PyTorch's C++ headers (``headers``) and SymPy's
+source (``sympy``, which comes with PyTorch) are on every machine. Sources are named by strings, so recipes and
+manifests can hold them: ``cifar10@16`` (averaged down to 16 x 16), ``cifar10@32``, ``digits``, ``shakespeare:bytes``,
+``headers:bytes``, ``shakespeare:words2000``.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from nowcast_proto.errors import UnreadableFile
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nowcast_lab.metatrain.errors import InvalidRecipe
 
-CIFAR_FILES = ("cifar10_train_jpeg.npz", "cifar10_test_jpeg.npz")
+CIFAR_BINARY = (tuple(f"data_batch_{n}.bin" for n in range(1, 6)), ("test_batch.bin",))
+"""CIFAR-10 as it is published ("binary version"): training and test files of records of one label and 3,072 pixels."""
+CIFAR_JPEG = ("cifar10_train_jpeg.npz", "cifar10_test_jpeg.npz")
+"""The same as JPEG images: arrays ``blob`` (all files end to end), ``offset`` and ``label``."""
+CIFAR_RECORD = 1 + 3 * 32 * 32
+SHAKESPEARE = ("tinyshakespeare.txt", "input.txt")
+DATA = "data"
 CODE_BYTES = 4_000_000
 """How much of a body of source code is read: enough that a short run never sees a byte twice."""
 
@@ -115,10 +124,8 @@ class Text:
 
 
 def data_folder(folder: str | os.PathLike[str] | None) -> Path:
-    """Where CIFAR-10 and tinyshakespeare lie: the argument, else ``$NOWCAST_SHARED/data``, else ``../shared/data``."""
-    if folder is not None:
-        return Path(folder)
-    return Path(os.environ.get("NOWCAST_SHARED", "../shared")) / "data"
+    """Where CIFAR-10 and tinyshakespeare lie: the argument, else ``NOWCAST_DATA``, else ``data`` where one stands."""
+    return Path(folder or os.environ.get("NOWCAST_DATA") or DATA)
 
 
 def corpus_of(source: str) -> str:
@@ -144,14 +151,7 @@ def load(source: str, folder: str | None = None) -> Images | Text:
     if corpus == "digits":
         return _digits(source)
     if corpus == "shakespeare":
-        path = data_folder(folder) / "tinyshakespeare.txt"
-        try:
-            raw = path.read_bytes()
-        except OSError as exc:
-            raise UnreadableFile(
-                f"{path} cannot be read: {exc.strerror}", remedy="give --data the folder that holds it"
-            ) from exc
-        return _tokens(source, raw, variant)
+        return _tokens(source, _shakespeare(data_folder(folder)), variant)
     if corpus in CODE:
         root, patterns = CODE[corpus]()
         return _tokens(source, _joined(root, patterns), variant)
@@ -161,32 +161,105 @@ def load(source: str, folder: str | None = None) -> Images | Text:
     )
 
 
-def _cifar10(source: str, size: int, folder: Path) -> Images:
-    from PIL import Image  # an extra's dependency, needed for this source alone
+class Digest(Protocol):
+    """Takes the bytes that were read."""
 
+    def update(self, data: bytes, /) -> None: ...
+
+
+def _cifar10(source: str, size: int, folder: Path) -> Images:
     if 32 % size:
         raise InvalidRecipe(f"{source!r}: {size} does not divide 32", expected="a size of 8, 16 or 32")
     digest = hashlib.sha256()
     parts: list[Tensor] = []
-    for name in CIFAR_FILES:
-        path = folder / name
-        try:
-            raw = path.read_bytes()
-        except OSError as exc:
+    for pixels, labels in _cifar10_binary(folder, digest) or _cifar10_jpeg(folder, digest) or _no_cifar10(folder):
+        x = torch.from_numpy(pixels).float().div_(255)
+        if size != 32:
+            x = torch.nn.functional.avg_pool2d(x, 32 // size)
+        parts += [x, torch.from_numpy(labels.astype(np.int64))]
+    return _normalised(source, digest.hexdigest(), *parts)
+
+
+_Part = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Pixels (n, 3, 32, 32) and labels (n,), both uint8."""
+
+
+def _cifar10_binary(folder: Path, digest: Digest) -> list[_Part]:
+    """Both parts from the published files; empty where there are none."""
+    places = (folder, folder / "cifar-10-batches-bin")
+    found = next((place for place in places if (place / CIFAR_BINARY[1][0]).exists()), None)
+    if found is None:
+        return []
+    parts = []
+    for names in CIFAR_BINARY:
+        records = []
+        for path in (found / name for name in names):
+            raw = _bytes_of(path)
+            if not raw or len(raw) % CIFAR_RECORD:
+                raise UnreadableFile(
+                    f"{path} has {len(raw)} bytes",
+                    expected=f"records of {CIFAR_RECORD} bytes, 10,000 of them in a published file",
+                    remedy="unpack the archive again",
+                )
+            digest.update(raw)
+            records.append(np.frombuffer(raw, np.uint8).reshape(-1, CIFAR_RECORD))
+        rows = np.concatenate(records)
+        if rows[:, 0].max() > 9:
             raise UnreadableFile(
-                f"{path} cannot be read: {exc.strerror}", remedy="give --data the folder that holds it"
-            ) from exc
+                f"{found} holds the label {rows[:, 0].max()}", expected="CIFAR-10, whose labels are 0 to 9"
+            )
+        parts.append((np.ascontiguousarray(rows[:, 1:]).reshape(-1, 3, 32, 32), rows[:, 0]))
+    return parts
+
+
+def _cifar10_jpeg(folder: Path, digest: Digest) -> list[_Part]:
+    """Both parts from JPEG images; empty where there are none."""
+    if not any((folder / name).exists() for name in CIFAR_JPEG):
+        return []
+    from PIL import Image  # an extra's dependency, needed for this form alone
+
+    parts = []
+    for name in CIFAR_JPEG:
+        raw = _bytes_of(folder / name)
         digest.update(raw)
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             blob, offset, label = arrays["blob"].tobytes(), arrays["offset"], arrays["label"]
-        pixels = np.empty((len(label), 32, 32, 3), np.uint8)
+        pixels = np.empty((len(label), 3, 32, 32), np.uint8)
         for i in range(len(label)):
-            pixels[i] = np.asarray(Image.open(io.BytesIO(blob[offset[i] : offset[i + 1]])).convert("RGB"))
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
-        if size != 32:
-            x = torch.nn.functional.avg_pool2d(x, 32 // size)
-        parts += [x, torch.from_numpy(label.astype(np.int64))]
-    return _normalised(source, digest.hexdigest(), *parts)
+            image = Image.open(io.BytesIO(blob[offset[i] : offset[i + 1]])).convert("RGB")
+            pixels[i] = np.asarray(image).transpose(2, 0, 1)
+        parts.append((pixels, label))
+    return parts
+
+
+def _no_cifar10(folder: Path) -> list[_Part]:
+    raise UnreadableFile(
+        f"CIFAR-10 is not in {folder.absolute()}",
+        expected="data_batch_1.bin to data_batch_5.bin and test_batch.bin, there or in cifar-10-batches-bin",
+        remedy="unpack https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz (162 MB) there, or name the folder with "
+        "--data or NOWCAST_DATA",
+    )
+
+
+def _shakespeare(folder: Path) -> bytes:
+    for name in SHAKESPEARE:
+        if (folder / name).exists():
+            return _bytes_of(folder / name)
+    raise UnreadableFile(
+        f"tinyshakespeare is not in {folder.absolute()}",
+        expected=" or ".join(SHAKESPEARE),
+        remedy="put https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt (1.1 MB) "
+        "there, or name the folder with --data or NOWCAST_DATA",
+    )
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise UnreadableFile(
+            f"{path} cannot be read: {exc.strerror}", remedy="put all files of the data set there"
+        ) from exc
 
 
 def _digits(source: str) -> Images:
