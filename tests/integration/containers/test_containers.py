@@ -16,11 +16,13 @@ pytestmark = [pytest.mark.container, pytest.mark.socket, pytest.mark.slow, pytes
 
 
 def test_image_is_bare(stack: Stack) -> None:
-    """Not root, nothing to build or install with, and a health check of its own."""
+    """Not root, labelled, nothing to build or install with, and a health check of its own."""
     config = json.loads(docker("image", "inspect", stack.image))[0]["Config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"]
-    tools = "pip pip3 gcc g++ cc make cmake git curl wget"
+    labels = {name.removeprefix("org.opencontainers.image.") for name in config["Labels"]}
+    assert {"title", "description", "version", "licenses"} <= labels
+    tools = "pip pip3 apt apt-get dpkg gcc g++ cc make cmake git curl wget"
     found = docker(
         "run", "--rm", "--entrypoint", "sh", stack.image, "-c", f"command -v {tools}; python3 -m pip --version; true"
     )
@@ -37,6 +39,24 @@ def test_root_file_system_is_read_only(stack: Stack) -> None:
     assert state["ReadonlyRootfs"] is True
     assert state["CapDrop"] == ["ALL"]
     assert [binding["HostIp"] for binding in state["PortBindings"]["8500/tcp"]] == ["127.0.0.1"]
+
+
+def test_weights_have_a_volume(stack: Stack) -> None:
+    inside = "touch $NOWCAST_CACHE/x && rm $NOWCAST_CACHE/x && echo $NOWCAST_CACHE"
+    assert docker("exec", stack.container(), "sh", "-c", inside) == "/var/cache/nowcast"
+
+
+@pytest.mark.kill
+def test_a_signal_right_after_the_start_ends_it(stack: Stack) -> None:
+    """Process 1 hears it although the service has not begun yet; else the engine would have to kill it (137)."""
+    told = ("run", "-d", "-e", "NOWCAST_ALLOW_ANONYMOUS=1", "--read-only", "--tmpfs", "/tmp", stack.image)
+    for _ in range(3):
+        container = docker(*told)
+        try:
+            docker("stop", "-t", "60", container, timeout=120)
+            assert docker("inspect", "-f", "{{.State.ExitCode}}", container) in ("0", "143")
+        finally:
+            docker("rm", "-f", container, check=False)
 
 
 def test_serves_nobody_by_accident(stack: Stack) -> None:

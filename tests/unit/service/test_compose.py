@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,18 @@ def test_keys_can_be_a_secret():
     (name,) = service["secrets"]
     assert service["environment"]["NOWCAST_API_KEYS_FILE"] == f"/run/secrets/{name}"
     assert name in laid["secrets"]
+
+
+def test_weights_outlive_the_container():
+    """The cache folder is a volume, and the image has it with the service's user as its owner."""
+    composed = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    service = composed["services"]["nowcast"]
+    name, folder = service["volumes"][0].split(":")
+    assert name in composed["volumes"]
+    assert service["environment"]["NOWCAST_CACHE"] == folder
+    assert f"install -d -o 10001 -g 10001 {folder}" in (ROOT / "docker" / "Dockerfile").read_text()
+
+
+def test_the_image_says_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'org.opencontainers.image.version="{version}"' in (ROOT / "docker" / "Dockerfile").read_text()
