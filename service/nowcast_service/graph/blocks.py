@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from nowcast_proto.spec import ArchitectureSpec
-from torch import Tensor
+
+if TYPE_CHECKING:  # the process that works on specs does without
+    from torch import Tensor
 
 
 class EdgeType(IntEnum):
@@ -121,6 +123,8 @@ class Block:
 
     def edge_index(self) -> Tensor:
         """(2, n_edges) source and target of every edge, source-major. For twins, drawings and tests only."""
+        import torch
+
         s = torch.arange(self.source, self.source + self.n_sources)
         t = torch.arange(self.target, self.target + self.n_targets)
         if self.diagonal:
@@ -211,6 +215,8 @@ class NeuralGraph:
     @cached_property
     def in_degree(self) -> Tensor:
         """(n_nodes,) float32: incoming edges of each node over all blocks, self-loops included."""
+        import torch
+
         degree = torch.zeros(self.n_nodes, dtype=torch.float64)
         for block in self.blocks:
             degree[block.target : block.target + block.n_targets] += 1 if block.diagonal else block.n_sources

@@ -38,18 +38,20 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csc_array, diags_array, identity
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
 
 from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.graph.cells import cells_of, joined_pairs, symmetric
 from nowcast_service.graph.spectrum import EQUAL, smallest, start_vector
+
+if TYPE_CHECKING:  # the process that works on specs does without
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,13 @@ _REVISION = 1
 
 
 def positional_encoding(graph: NeuralGraph, dim: int = 8) -> Tensor:
+    """As `encode`, as a tensor."""
+    import torch
+
+    return torch.from_numpy(encode(graph, dim))
+
+
+def encode(graph: NeuralGraph, dim: int = 8) -> NDArray[np.float32]:
     """Laplacian eigenvectors of a neural graph, cached by the graph's layout in memory and on disk.
 
     The disk cache is in ``$NOWCAST_CACHE`` (``~/.cache/nowcast`` by default; empty turns it off). It is only a cache:
@@ -83,7 +92,7 @@ def positional_encoding(graph: NeuralGraph, dim: int = 8) -> Tensor:
         encoded = np.zeros((graph.n_nodes, dim), dtype=np.float32)
         encoded[:, : vectors.shape[1]] = vectors
         _write(key, encoded)
-        positions = torch.from_numpy(encoded)
+        positions = encoded
     with _lock:
         _memory[key] = positions
         while len(_memory) > _MEMORY_ENTRIES:
@@ -280,7 +289,7 @@ def _signed(column: Array) -> Array:
 # The cache -----------------------------------------------------------------------------------------------------------
 
 _MEMORY_ENTRIES = 8
-_memory: OrderedDict[str, Tensor] = OrderedDict()
+_memory: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 _lock = Lock()
 
 
@@ -296,12 +305,12 @@ def _cache_folder() -> Path | None:
         return None
 
 
-def _read(key: str, shape: tuple[int, int]) -> Tensor | None:
+def _read(key: str, shape: tuple[int, int]) -> NDArray[np.float32] | None:
     folder = _cache_folder()
     if folder is None:
         return None
     try:
-        array = np.load(folder / f"positions-{key}.npy", allow_pickle=False)
+        array: NDArray[np.float32] = np.load(folder / f"positions-{key}.npy", allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as exc:
@@ -310,7 +319,7 @@ def _read(key: str, shape: tuple[int, int]) -> Tensor | None:
     if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
         logger.info("cached positional encoding %s is not what it should be, computing it again", key)
         return None
-    return torch.from_numpy(array)
+    return array
 
 
 def _write(key: str, array: NDArray[np.float32]) -> None:

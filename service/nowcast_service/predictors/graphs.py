@@ -6,14 +6,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nowcast_proto.errors import InvalidCheckpoint, InvalidSnapshot
 from nowcast_proto.spec import ArchitectureSpec
-from torch import Tensor
 
 from nowcast_service.graph.blocks import Coverage, NeuralGraph
 from nowcast_service.nino.config import NiNoConfig
+
+if TYPE_CHECKING:  # the process that works on specs does without
+    from torch import Tensor
 
 Uncovered = Literal["left", "edgewise"]
 """What becomes of tensors the graph does not cover: left as they are, or predicted edge-wise."""
@@ -65,10 +67,16 @@ class Source(Protocol):
 def prepare(spec: ArchitectureSpec, needs: Needs) -> Prepared:
     """Compute it, here and now; see `build_graph` for the errors."""
     from nowcast_service.graph.positional import positional_encoding
+
+    graph = graph_of(spec, needs)
+    return Prepared(graph, positional_encoding(graph) if needs.positions else None)
+
+
+def graph_of(spec: ArchitectureSpec, needs: Needs) -> NeuralGraph:
+    """The neural graph alone; see `build_graph` for the errors."""
     from nowcast_service.graph.wiring.build import build_graph
 
-    graph = build_graph(spec, max_features=needs.max_features, uncovered=needs.uncovered or "left")
-    return Prepared(graph, positional_encoding(graph) if needs.positions else None)
+    return build_graph(spec, max_features=needs.max_features, uncovered=needs.uncovered or "left")
 
 
 class Graphs:

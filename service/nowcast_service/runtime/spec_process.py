@@ -1,8 +1,9 @@
 """The process that computes what a client's spec asks for: neural graph, coverage, positional encoding.
 
 A few hundred bytes of spec can ask for any amount of work. So none of it is done in the service: this process, which
-holds nothing, imports the graph code once and forks a child for every order. The child has a limit on processor time
-and on memory that the kernel enforces, and can be killed at any moment; the service only waits for its socket.
+holds nothing, imports the graph code once (without torch: it is small, and there in a second) and forks a child for
+every order. The child has a limit on processor time and on memory that the kernel enforces, and can be killed at any
+moment; the service only waits for its socket.
 
 What is said over which socket is in `nowcast_service.runtime.spec_orders`.
 """
@@ -10,7 +11,6 @@ What is said over which socket is in `nowcast_service.runtime.spec_orders`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import os
@@ -24,14 +24,13 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
-import torch
 from nowcast_proto.errors import InternalError, InvalidSpec, NowcastError, TooLarge, UnsupportedArchitecture
 from nowcast_proto.spec import ArchitectureSpec
 
 from nowcast_service.graph import positional
 from nowcast_service.graph.coverage import report
 from nowcast_service.graph.wiring import build
-from nowcast_service.predictors.graphs import Needs, Prepared, prepare
+from nowcast_service.predictors.graphs import Needs, graph_of
 from nowcast_service.runtime.spec_orders import LENGTH, ORDER, portable
 
 log = logging.getLogger(__name__)
@@ -77,14 +76,13 @@ def _child(link: socket.socket) -> None:
 def _answer(order: dict[str, Any]) -> tuple[bytes, memoryview]:
     spec = ArchitectureSpec.parse(order["spec"])
     needs = Needs(**order["needs"])
+    graph = graph_of(spec, needs)
     if not order["whole"]:
-        graph = prepare(spec, dataclasses.replace(needs, positions=False)).graph
         return report(graph.coverage, spec).model_dump_json().encode(), memoryview(b"")
-    made: Prepared = prepare(spec, needs)
-    packed: bytes = msgpack.packb(portable(made.graph))
-    if made.positions is None:
+    packed: bytes = msgpack.packb(portable(graph))
+    if not needs.positions:
         return packed, memoryview(b"")
-    return packed, made.positions.contiguous().numpy().reshape(-1).view(np.uint8).data
+    return packed, positional.encode(graph).reshape(-1).view(np.uint8).data
 
 
 def _confine(seconds: float, memory: int) -> None:
@@ -214,7 +212,6 @@ class _Nursery:
 def main() -> None:
     """Serve the socket whose number is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the service says when to end
-    torch.set_num_threads(1)
     os.nice(_NICE)
     gc.collect()
     gc.freeze()

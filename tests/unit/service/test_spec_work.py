@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -20,7 +23,8 @@ from nowcast_service.runtime import spec_work
 from nowcast_service.runtime.budget import Budget
 from nowcast_service.runtime.spec_work import SpecWork
 
-from ..graph.specs import llama
+from ..graph.specs import gpt2, llama
+from ..graph.test_explicit import written_out
 from ..nino.made import mlp
 
 NEEDS = Needs(9, positions=True)
@@ -84,6 +88,26 @@ def shared() -> Iterator[SpecWork]:
     made = SpecWork(Budget(1 << 30), seconds=60.0, memory=1 << 30)
     yield made
     made.stop()
+
+
+def test_the_process_that_works_on_specs_does_without_torch():
+    """It is there sooner and a quarter as large: nothing it imports, early or late, is torch."""
+    script = (
+        "import json, sys\n"
+        "sys.modules['torch'] = None\n"  # makes any import of it fail
+        "from nowcast_service.runtime import spec_process\n"
+        "for spec in json.loads(sys.argv[1]):\n"
+        "    for whole in (False, True):\n"
+        "        needs = {'max_features': 9, 'positions': whole}\n"
+        "        head, body = spec_process._answer({'spec': spec, 'needs': needs, 'whole': whole})\n"
+        "        print(len(head), len(body))\n"
+    )
+    specs = json.dumps([llama().canonical(), written_out(gpt2()).canonical()])
+    done = subprocess.run(
+        [sys.executable, "-c", script, specs], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 4
 
 
 def test_the_report_comes_without_the_graph(shared: SpecWork):
