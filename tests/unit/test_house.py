@@ -12,8 +12,6 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from tests.unit.test_imports import PACKAGES, ROOT, imports, modules
 
 FILE_LINES = 450
@@ -31,7 +29,8 @@ RULES = {
     "horizon of each nowcast": "horizons|horizon_schedule",
 }
 """Rule -> the names it goes by."""
-BEING_SPLIT = pytest.mark.xfail(strict=True, reason="being taken apart")
+LONG_CLASSES = {"Emitter"}
+"""Classes being taken apart: each leaves this list when it is short."""
 LONG_FILES = {
     "tests/bench/bench_engine.py",
     "tests/unit/client/test_hook.py",
@@ -145,7 +144,6 @@ def class_named(name: str) -> ast.ClassDef:
     return found[0]
 
 
-@BEING_SPLIT
 def test_imports_run_in_no_circle() -> None:
     assert circles(import_graph()) == []
 
@@ -155,15 +153,14 @@ def test_files_are_short() -> None:
     assert long == LONG_FILES
 
 
-@BEING_SPLIT
 def test_classes_are_short() -> None:
     long = {
-        where: length(node)
+        node.name
         for path in ALL_FILES
-        for where, node in definitions(path)
+        for _, node in definitions(path)
         if isinstance(node, ast.ClassDef) and length(node) > CLASS_LINES
     }
-    assert not long
+    assert long == LONG_CLASSES
 
 
 def test_functions_take_few_parameters() -> None:

@@ -12,7 +12,7 @@ import re
 
 from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
 
-from nowcast_client.network.derive import Module, plain_name
+from nowcast_client.network.modules import Module, plain_name
 
 ADAPTER_FAMILY = "adapters"
 ADAPTER_PREDICTOR = "linear"

@@ -14,7 +14,8 @@ from typing import Any
 from nowcast_proto.errors import NowcastError
 from nowcast_proto.reference import load_function
 
-from nowcast_client.network.derive import Example, derive_spec
+from nowcast_client.network.derive import derive_spec
+from nowcast_client.network.modules import Example
 
 FAILED = 2
 

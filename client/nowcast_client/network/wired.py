@@ -12,7 +12,8 @@ from nowcast_proto.spec import ArchitectureSpec, ParameterSpec
 from nowcast_proto.wiring import ExplicitWiring
 
 from nowcast_client.network.agreement import agrees
-from nowcast_client.network.derive import Module, named_spec, plain_name, tensors_of, unwrapped
+from nowcast_client.network.modules import Module, plain_name, tensors_of, unwrapped
+from nowcast_client.network.named import named_spec
 from nowcast_client.network.trace import Trace, trace
 
 if TYPE_CHECKING:

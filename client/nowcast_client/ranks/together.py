@@ -27,12 +27,10 @@ from nowcast_client.ranks.channel import Pending, Ranks, RanksApart
 from nowcast_client.ranks.meeting import ASK, PATCH, TAKE, Meeting, reported
 from nowcast_client.ranks.regions import is_shard
 from nowcast_client.ranks.shards import Shards
+from nowcast_client.ranks.times import Times
 from nowcast_client.tensors.patch import Patch
 from nowcast_client.tensors.snapshot import Slot
 from nowcast_client.wire.uploader import Arrived
-
-LOOKS = 2
-"""Times the ranks look at a patch on trial before its window is over."""
 
 
 class Closes(Protocol):
@@ -110,7 +108,7 @@ class Together:
         self._work = nowcasting
         self._shards = shards
         self._told = told
-        self._asked_at: int | None = None
+        self._times = Times(nowcasting)
         self._meeting: Meeting | None = None
         self._spreading: Spreading | None = None
         self._said = (0, 0, 0)  # of a patch that rank 0 wants written: its step, horizon and first reference step
@@ -143,7 +141,7 @@ class Together:
         self._work.collect()
         try:
             self._meet()
-            if self._work.is_on and self._due_at(self._step + 1):
+            if self._work.is_on and self._times.due(self._step + 1):
                 self._meeting = self._call(self._step + 1)
         except RanksApart as exc:
             self._work.report.counts[f"failed: ranks: {exc.code}"] += 1
@@ -151,7 +149,7 @@ class Together:
 
     def forget(self) -> None:
         """Forget what was planned; the exchanges end by themselves, on every rank alike."""
-        spreading, self._meeting, self._spreading, self._asked_at = self._spreading, None, None, None
+        spreading, self._meeting, self._spreading, self._times.asked_at = self._spreading, None, None, None
         for pending in spreading.pending if spreading is not None else ():
             pending.wait()
 
@@ -194,42 +192,14 @@ class Together:
         meeting, self._meeting = self._meeting, None
         if meeting is None or meeting.step != self._step:
             # Nobody looked ahead: the first step after attach or resume, or steps at which nobody acted.
-            meeting = self._call(self._step) if self._work.is_on and self._due_at(self._step) else None
+            meeting = self._call(self._step) if self._work.is_on and self._times.due(self._step) else None
         wish = self._agree(meeting) if meeting is not None else 0
         if wish & PATCH and self._work.trials.open is None:
             self._spreading = self._spread()
-            if self._waits or wish & TAKE:
+            if self._times.waits or wish & TAKE:
                 self._patch_together()
         if wish & TAKE:
             self._snapshot_together(wish)
-
-    def _due_at(self, step: int) -> bool:
-        """Whether the ranks meet at a step."""
-        return self._work.snapshot_due(step) or self._polls_at(step) or self._looks_at(step)
-
-    def _polls_at(self, step: int) -> bool:
-        """Whether the ranks ask for the nowcast at a step: 1, 2, 4, … steps after it was asked for."""
-        if self._asked_at is None:
-            return False
-        late, last = step - self._asked_at, self._work.stale_steps - self._on_the_way
-        return 0 < late <= last and (late & (late - 1) == 0 or late == last)
-
-    def _looks_at(self, step: int) -> bool:
-        """Whether the ranks look at the patch on trial at a step."""
-        trials = self._work.trials
-        if trials.open is None:
-            return False
-        age = step - trials.open.patched_at
-        return age >= trials.window or age % max(1, trials.window // LOOKS) == 0
-
-    @property
-    def _waits(self) -> bool:
-        return self._work.cadence.wait > 0
-
-    @property
-    def _on_the_way(self) -> int:
-        """Steps between the agreement on a patch and its writing."""
-        return 0 if self._waits else 1
 
     def _call(self, step: int) -> Meeting:
         """Call a meeting for a step."""
@@ -264,7 +234,7 @@ class Together:
             return 0
         if apart:
             reason, self._apart = self._apart, ""
-            self._asked_at = None
+            self._times.asked_at = None
             self._work.restart()
             self._work.report.skip(reason or "the parameters of another rank are not the ones that were attached to")
             return 0
@@ -279,7 +249,7 @@ class Together:
         wish, said = 0, (0, 0, 0)
         arrived = windows.arrived
         free = arrived is not None and work.trials.open is None
-        if arrived is not None and free and not work.turned_away(arrived, step + self._on_the_way):
+        if arrived is not None and free and not work.turned_away(arrived, step + self._times.on_the_way):
             wish |= PATCH
             said = (arrived.patch.step, arrived.patch.horizon, work.trials.reference_from(self._step))
         if work.snapshot_due(step) and windows.ring is not None:
@@ -321,7 +291,7 @@ class Together:
         work, windows, layout = self._work, self._work.windows, self._work.patcher.layout
         self._apart = self._apart or self._lost()
         if wish & ASK:
-            self._asked_at = self._step
+            self._times.asked_at = self._step
         if not self.speaks:
             work.gate.note(work.patcher.rate)
             if self._shards.regions:
@@ -336,7 +306,12 @@ class Together:
                 windows.current.slots.append(slot)
             windows.drop()
         work.last_snapshot = self._step
-        if wish & ASK and self._waits and self._agree(self._call(self._step)) & PATCH and work.trials.open is None:
+        if (
+            wish & ASK
+            and self._times.waits
+            and self._agree(self._call(self._step)) & PATCH
+            and work.trials.open is None
+        ):
             self._spreading = self._spread()
             self._patch_together()
 
@@ -344,7 +319,7 @@ class Together:
         """Begin to give a nowcast to all ranks."""
         windows = self._work.windows
         step, horizon, first = self._said
-        self._asked_at = None
+        self._times.asked_at = None
         arrived, windows.arrived, windows.asked = windows.arrived, None, None
         patch = arrived.patch if arrived is not None else None
         deltas, pending = self._shards.spread(self._work.patcher.layout, patch, step)

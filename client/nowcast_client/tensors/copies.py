@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
-from nowcast_client.network.derive import plain_name
+from nowcast_client.network.modules import plain_name
 from nowcast_client.tensors.layout import Layout, local
 from nowcast_client.tensors.wrappers import Kept, alike, kept_by, lying_at
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
-from nowcast_client.network.derive import plain_name
+from nowcast_client.network.modules import plain_name
 
 WIRE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 """Wire dtype -> torch dtype."""

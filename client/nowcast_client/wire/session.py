@@ -6,24 +6,18 @@ snapshots are sent again from the caller's buffers, which stay untouched until t
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Literal, TypeVar
 from urllib.parse import urlencode
 
 from nowcast_proto.errors import (
-    ChecksumMismatch,
-    Conflict,
     DeadlineExceeded,
     Expired,
-    MalformedFrame,
     MissingSnapshots,
     NotFound,
-    NowcastError,
     Unavailable,
 )
 from nowcast_proto.messages import (
@@ -34,7 +28,6 @@ from nowcast_proto.messages import (
     SessionCreate,
     SessionState,
     SnapshotHeader,
-    SnapshotState,
     Verdict,
     VerdictReply,
     read_message,
@@ -44,12 +37,6 @@ from nowcast_proto.stream import Encoder, Header
 from nowcast_proto.tensors import Limits, TensorFrame
 from nowcast_proto.trainings import Report
 from nowcast_proto.version import (
-    HEADER_DIGEST,
-    HEADER_INSTANCE,
-    HEADER_OFFSET,
-    HEADER_SESSION,
-    JSON_TYPE,
-    MEDIA_TYPE,
     ROUTE_NOWCASTS,
     ROUTE_REPORTS,
     ROUTE_SESSION,
@@ -59,19 +46,15 @@ from nowcast_proto.version import (
 )
 
 from nowcast_client.errors import BadReply, HistoryLost, TransportError
-from nowcast_client.wire import traces
+from nowcast_client.wire.exchange import Exchange
 from nowcast_client.wire.replies import M, check_reply, missing_steps, parsed, read_stream
+from nowcast_client.wire.snapshot_upload import Upload
 from nowcast_client.wire.transport import (
-    WRITE_BYTES,
     Reply,
-    Request,
     Retry,
     Transport,
-    call,
-    json_body,
 )
 
-log = logging.getLogger("nowcast")
 T = TypeVar("T")
 
 Frames = Callable[[], Sequence[TensorFrame]]
@@ -83,32 +66,6 @@ POLL_SECONDS = 5.0
 def mint() -> str:
     """A new session or nowcast id."""
     return uuid.uuid4().hex
-
-
-class Instances:
-    """Which processes of the service answered; one that answers again after another did shares a balancer with it.
-
-    A restart brings a new instance too, but the old one never comes back.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[str] = []
-        self._told = False
-
-    def note(self, headers: Mapping[str, str]) -> None:
-        """Look at a reply's headers; says once what is wrong."""
-        instance = headers.get(HEADER_INSTANCE.lower(), "")[:64]
-        if not instance or (self._seen and self._seen[-1] == instance):
-            return
-        if instance in self._seen and not self._told:
-            self._told = True
-            log.warning(
-                "answers come from more than one instance of the service (%s): a balancer in between asks several in "
-                "turn, and each knows only a part of this training's session; let it route by the header %s",
-                ", ".join(self._seen[-2:]),
-                HEADER_SESSION,
-            )
-        self._seen = [*self._seen[-15:], instance]
 
 
 class Session:
@@ -127,7 +84,6 @@ class Session:
         checkpoint: The checkpoint it will use, as far as chosen here.
 
     Attributes:
-        trouble: Why the service could not be reached at the last try; empty where it could.
         coverage: What the predictor will do with each parameter, as the service said when the session was opened.
     """
 
@@ -148,20 +104,24 @@ class Session:
         self.coverage: CoverageReport | None = None
         self.id = session_id or mint()
         self.spec = spec
-        self._transport = transport
+        self._exchange = Exchange(transport, timeout, retry or Retry(), stop)
         self._keep = keep
-        self._timeout = timeout
-        self._retry = retry or Retry()
-        self.stop = stop
         self._limits = limits or Limits()
         chosen = {"predictor": predictor, "checkpoint": checkpoint}
         self._query = urlencode({name: value for name, value in chosen.items() if value is not None})
         self._open = False
-        self._answered_by = Instances()
         self._spec_digest = spec.digest()
         self.resent = 0
-        self.trouble = ""
         self._reported_as: str | None = None
+
+    @property
+    def trouble(self) -> str:
+        """Why the service could not be reached at the last try; empty where it could."""
+        return self._exchange.trouble
+
+    def stop_at(self, event: threading.Event | None) -> None:
+        """Have an event end everything early from now on."""
+        self._exchange.stop = event
 
     # ------------------------------------------------------------------ calls
 
@@ -212,7 +172,7 @@ class Session:
             if not self._open:
                 self.open(deadline)
             try:
-                self._put(step, encoder, deadline)
+                Upload(self._exchange, self.id, self._route(ROUTE_SNAPSHOT, step=step), step, encoder, deadline).run()
                 return
             except (NotFound, Expired):
                 self._open = False
@@ -250,11 +210,11 @@ class Session:
                 lost = missing_steps(exc, job)
             except (NotFound, Expired):
                 self._open = False
-                self._pause(deadline)
+                self._exchange.pause(2, deadline)
             except (TransportError, Unavailable) as exc:
-                self.trouble = str(exc)
+                self._exchange.trouble = str(exc)
                 # The tries of one call are few; a service that restarts takes longer. The deadline bounds this loop.
-                self._pause(deadline)
+                self._exchange.pause(2, deadline)
 
     def _send_again(self, step: int, history: Mapping[int, Frames | None], deadline: float) -> None:
         frames = history.get(step)
@@ -285,15 +245,6 @@ class Session:
 
     # ---------------------------------------------------------------- details
 
-    def _heard(self, headers: Mapping[str, str]) -> None:
-        self.trouble = ""
-        self._answered_by.note(headers)
-
-    def _pause(self, deadline: float) -> None:
-        pause = self._retry.delay(2, NowcastError("a pause"))
-        if time.monotonic() + pause >= deadline or (self.stop or threading.Event()).wait(pause):
-            raise DeadlineExceeded("the service did not come back in time")
-
     def _route(self, route: str, session_id: str | None = None, **parts: object) -> str:
         return route.format(session=session_id or self.id, **parts)
 
@@ -308,106 +259,12 @@ class Session:
         retry: Retry | None = None,
         timeout: float | None = None,
     ) -> T:
-        headers = {HEADER_SESSION: self.id, **traces.headers()}
-        make, length = None, 0
-        if body is not None:
-            headers["Content-Type"] = JSON_TYPE
-            make, length = json_body(body)
-        return call(
-            self._transport,
-            Request(method, path, headers, make, length),
-            read,
-            timeout=timeout or self._timeout,
-            deadline=deadline,
-            retry=retry or self._retry,
-            stop=self.stop,
-            note=self._heard,
-        )
+        return self._exchange.call(self.id, method, path, deadline, read, body=body, retry=retry, timeout=timeout)
 
     def _json(
         self, method: Literal["GET", "PUT", "POST"], path: str, body: bytes | None, model: type[M], deadline: float
     ) -> M:
         return self._call(method, path, deadline, lambda reply: parsed(model, reply), body=body)
-
-    def _put(self, step: int, encoder: Encoder, deadline: float) -> None:
-        route = self._route(ROUTE_SNAPSHOT, step=step)
-        digest = encoder.header.content_digest()
-        start, attempt = 0, 0
-        while True:
-            attempt += 1
-            headers = {HEADER_SESSION: self.id, "Content-Type": MEDIA_TYPE, HEADER_DIGEST: digest, **traces.headers()}
-            if start:
-                headers[HEADER_OFFSET] = str(start)
-            body = partial(encoder.chunks, start, WRITE_BYTES)
-            request = Request("PUT", route, headers, body, encoder.content_length - start)
-            try:
-                state = call(
-                    self._transport,
-                    request,
-                    lambda reply: parsed(SnapshotState, reply),
-                    timeout=self._timeout,
-                    deadline=deadline,
-                    retry=Retry(attempts=1),
-                    stop=self.stop,
-                    note=self._heard,
-                )
-            except (TransportError, ChecksumMismatch, MalformedFrame, BadReply) as exc:
-                self.trouble = str(exc)
-                if attempt >= self._retry.attempts:
-                    raise
-                self._wait_before(attempt, exc, deadline)
-                start = (
-                    0
-                    if isinstance(exc, ChecksumMismatch | MalformedFrame)
-                    else self._received(route, digest, encoder.content_length, deadline)
-                )
-                if start == encoder.content_length:
-                    return
-            except Conflict as exc:
-                if attempt >= self._retry.attempts:
-                    raise
-                offset = exc.detail.get("offset")
-                if isinstance(offset, int):  # the service has more or less of it than we thought
-                    start = offset if 0 <= offset <= encoder.content_length else 0
-                    continue
-                # Other weights of this step are for the caller to sort out; a broken upload that the service has not
-                # noticed yet is over in a moment.
-                held = self._snapshot_state(route, deadline)
-                if held is None or (held.state == "complete" and held.digest != digest):
-                    raise
-                if held.state == "complete":
-                    return
-                self._wait_before(attempt, exc, deadline)
-                start = 0
-            except NowcastError as exc:
-                if exc.retry_after is None or attempt >= self._retry.attempts:
-                    raise
-                self._wait_before(attempt, exc, deadline)
-            else:
-                if state.state == "complete" and state.digest in (None, digest):
-                    return
-                if attempt >= self._retry.attempts:
-                    raise BadReply(f"the snapshot of step {step} is {state.state}", expected="complete")
-                start = 0
-
-    def _received(self, route: str, digest: str, total: int, deadline: float) -> int:
-        """Bytes of this very stream that the service already has; all of them when it is complete."""
-        state = self._snapshot_state(route, deadline)
-        if state is None or state.digest != digest:
-            return 0
-        return total if state.state == "complete" else min(max(state.received, 0), total - 1)
-
-    def _snapshot_state(self, route: str, deadline: float) -> SnapshotState | None:
-        """What the service has of one snapshot; None where it cannot say."""
-        try:
-            return self._json("GET", route, None, SnapshotState, deadline)
-        except NowcastError:
-            return None
-
-    def _wait_before(self, attempt: int, error: NowcastError, deadline: float) -> None:
-        pause = self._retry.delay(attempt, error)
-        if time.monotonic() + pause >= deadline or (self.stop or threading.Event()).wait(pause):
-            raise error
 
     def _post(self, body: bytes, deadline: float) -> None:
         self._call("POST", self._route(ROUTE_NOWCASTS), deadline, lambda reply: reply.text(), body=body)
@@ -427,7 +284,7 @@ class Session:
                 route,
                 deadline,
                 lambda reply: None if reply.status == 202 else read_stream(reply, check, self._limits),
-                timeout=self._timeout + wait,
+                timeout=self._exchange.timeout + wait,
             )
             if found is not None:
                 header, frames = found

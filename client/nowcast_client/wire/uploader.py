@@ -7,13 +7,11 @@ watches. A snapshot that could not be sent is not lost: the nowcast that needs i
 from __future__ import annotations
 
 import logging
-import os
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +28,7 @@ from nowcast_client.tensors.patch import Patch, Verified, verify
 from nowcast_client.tensors.snapshot import Ring, Slot, hold_still, movement
 from nowcast_client.wire.session import Frames, Session
 from nowcast_client.wire.traces import Root
+from nowcast_client.wire.worker import Worker
 
 log = logging.getLogger("nowcast")
 
@@ -134,41 +133,38 @@ class Uploader:
         self._patch_bound = patch_bound
         self.in_one_piece = False
         self.coverage: CoverageReport | None = None
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], AbstractContextManager[None]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._open_jobs = 0
         self._current: Window | None = None
         self._hands = threading.Lock()  # held where a window is dropped, and where a slot of one begins to be read
         self._reading: tuple[Slot, ...] = ()
-        self._closing = False
         self._telling = False
         self._last: Callable[[], Report] | None = None
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nowcast-uploader", daemon=True)
-        self._thread.start()
+        self._worker = Worker("nowcast-uploader", self.arrived, self._done, self._leave_service)
 
     # ------------------------------------------------- called by the trainer
 
     def snapshot(self, window: Window, slot: Slot) -> None:
         """Send a snapshot. The slot is already in the window."""
         older = window.slots[-2] if len(window.slots) > 1 else None
-        self._submit(lambda: self._snapshot(window, slot, older), window.trace.span("snapshot", step=slot.step))
+        self._worker.submit(lambda: self._snapshot(window, slot, older), window.trace.span("snapshot", step=slot.step))
 
     def ask(self, window: Window, job: NowcastJob) -> None:
         """Ask for the nowcast of a full window."""
-        self._submit(lambda: self._nowcast(window, job), window.trace.span("ask", step=job.steps[-1], horizon=job.k))
+        self._worker.submit(
+            lambda: self._nowcast(window, job), window.trace.span("ask", step=job.steps[-1], horizon=job.k)
+        )
 
     def open(self) -> None:
         """Open the session, so that the service says what it makes of the network before the first snapshot."""
-        self._submit(self._open)
+        self._worker.submit(self._open)
 
     def take_up(self, session_id: str, window: Window) -> None:
         """Go on with an earlier session; find out whether the service still holds the window's remote steps."""
         left = self.session.take_up(session_id)
         if left is not None:
-            self._submit(lambda: self._forget(left))
+            self._worker.submit(lambda: self._forget(left))
         if window.remote:
-            self._submit(lambda: self._resume(window))
+            self._worker.submit(lambda: self._resume(window))
 
     def drop(self, window: Window) -> None:
         """Nobody wants this window any more; its slots come back as soon as nothing reads them.
@@ -183,11 +179,11 @@ class Uploader:
             window.slots = busy
         for slot in free:
             self._ring.release(slot)
-        self._submit(lambda: self._leave(window))
+        self._worker.submit(lambda: self._leave(window))
 
     def verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
         """Tell the service what became of a nowcast."""
-        self._submit(lambda: self._verdict(nowcast, outcome, reason, step))
+        self._worker.submit(lambda: self._verdict(nowcast, outcome, reason, step))
 
     def tell(self, make: Callable[[], Report], arrived: Callable[[], None]) -> bool:
         """Make a report and send it, for those who watch; whether it will be tried. One at a time is under way.
@@ -196,10 +192,10 @@ class Uploader:
             make: Makes the report; called in the thread.
             arrived: Called in the thread once the service has taken it.
         """
-        if self._telling or self._closing:
+        if self._telling or self._worker.closing:
             return False
         self._telling = True
-        self._submit(lambda: self._tell(make, arrived))
+        self._worker.submit(lambda: self._tell(make, arrived))
         return True
 
     def answered(self, window: Window) -> bool:
@@ -208,8 +204,7 @@ class Uploader:
 
     def idle(self, timeout: float) -> bool:
         """Wait until no job is left; returns whether that is so."""
-        with self.arrived:
-            return self.arrived.wait_for(lambda: self._open_jobs == 0, timeout)
+        return self._worker.idle(timeout)
 
     def close(self, timeout: float, last: Callable[[], Report] | None = None) -> bool:
         """Give up what runs, say goodbye to the service, end the thread.
@@ -222,43 +217,22 @@ class Uploader:
             Whether the thread ended within ``timeout`` seconds; it is a daemon and holds up nothing otherwise.
         """
         self._last = last
-        self._closing = True
+        self._worker.refuse()
         self._ending.set()
         current = self._current
         if current is not None:
             current.cancelled.set()
-        self._jobs.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self._worker.end(timeout)
 
     # ------------------------------------------------------- in the thread
 
-    def _submit(self, job: Callable[[], None], around: AbstractContextManager[None] | None = None) -> None:
-        if self._closing:
-            return
-        with self.arrived:
-            self._open_jobs += 1
-        self._jobs.put((job, around or nullcontext()))
+    def _done(self) -> None:
+        with self._hands:
+            self._reading = ()
 
-    def _run(self) -> None:
-        _step_back()
-        while True:
-            found = self._jobs.get()
-            if found is None:
-                break
-            job, around = found
-            try:
-                if not self._closing:
-                    with around:
-                        job()
-            finally:
-                with self._hands:
-                    self._reading = ()
-                with self.arrived:
-                    self._open_jobs -= 1
-                    self.arrived.notify_all()
+    def _leave_service(self) -> None:
         try:
-            self.session.stop = None
+            self.session.stop_at(None)
             if self._last is not None:
                 self.session.report(self._last(), time.monotonic() + 5.0)  # nobody waits longer than `close` says
             self.session.delete(time.monotonic() + 5.0)
@@ -272,8 +246,8 @@ class Uploader:
 
     def _begin(self, window: Window) -> None:
         self._current = window
-        self.session.stop = window.cancelled
-        if self._closing:
+        self.session.stop_at(window.cancelled)
+        if self._worker.closing:
             window.cancelled.set()
 
     def _snapshot(self, window: Window, slot: Slot, older: Slot | None) -> None:
@@ -330,14 +304,14 @@ class Uploader:
             self._report(Arrived(window, patch, found, time.monotonic() - start, header.predictor))
 
     def _open(self) -> None:
-        self.session.stop = self._ending
+        self.session.stop_at(self._ending)
         try:
             self._note(self.session.open(time.monotonic() + self._upload_seconds).coverage)
         except NowcastError as exc:  # the first snapshot opens it, or says why not
             log.debug("the session was not opened at attach: %s", exc)
 
     def _forget(self, session_id: str) -> None:
-        self.session.stop = self._ending
+        self.session.stop_at(self._ending)
         try:
             self.session.delete(time.monotonic() + 2.0, session_id)
         except NowcastError as exc:  # the service forgets idle sessions by itself
@@ -361,14 +335,14 @@ class Uploader:
             self._report(Failed("resume", step, exc, window))
 
     def _verdict(self, nowcast: str, outcome: Outcome, reason: str | None, step: int) -> None:
-        self.session.stop = None
+        self.session.stop_at(None)
         try:
             self.session.verdict(nowcast, outcome, reason, step, time.monotonic() + 2.0)
         except Exception as exc:
             self._report(Failed("verdict", step, exc))
 
     def _tell(self, make: Callable[[], Report], arrived: Callable[[], None]) -> None:
-        self.session.stop = self._ending
+        self.session.stop_at(self._ending)
         try:
             self.session.report(make(), time.monotonic() + 2.0)
             arrived()
@@ -405,11 +379,3 @@ class Uploader:
 def tensor_of(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor over received bytes, without a copy."""
     return torch.frombuffer(data, dtype=WIRE_DTYPES[dtype]).reshape(shape)
-
-
-def _step_back() -> None:
-    """Let the trainer go first: on Linux a thread has a niceness of its own."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-    except (AttributeError, OSError) as exc:
-        log.debug("the uploader runs at normal priority: %s", exc)

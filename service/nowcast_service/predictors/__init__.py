@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from nowcast_proto.errors import InvalidCheckpoint
 
-from nowcast_service.predictors.registry import Options, entry
+from nowcast_service.predictors.options import Options
+from nowcast_service.predictors.registry import entry
 
 if TYPE_CHECKING:
     from nowcast_service.nino.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from nowcast_service.history import History
 from nowcast_service.nino.scaling import scale_snapshots, scales_of
 from nowcast_service.predictors.base import Check, State, check_count, check_horizon, unasked
 from nowcast_service.predictors.graphs import Graphs, Needs, check_fit, check_positions
-from nowcast_service.predictors.registry import Options
+from nowcast_service.predictors.options import Options
 from nowcast_service.predictors.wnn import TYPES, EdgewiseNetwork, checked, predict_edgewise, segments
 
 log = logging.getLogger(__name__)

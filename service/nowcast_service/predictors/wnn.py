@@ -19,7 +19,7 @@ from nowcast_service.nino.checkpoint import Checkpoint
 from nowcast_service.nino.scaling import Scale, scale_of
 from nowcast_service.predictors.base import Check, State, check_count, check_horizon, unasked
 from nowcast_service.predictors.graphs import Graphs, Needs, check_fit
-from nowcast_service.predictors.registry import Options
+from nowcast_service.predictors.options import Options
 
 CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 """Weights per pass; on a CPU a chunk's hidden vectors (4 MiB at width 128) stay in the cache."""

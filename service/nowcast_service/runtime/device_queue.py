@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -355,3 +356,21 @@ def _no_memory() -> Unavailable:
         remedy="ask again; where it stays so, lower NOWCAST_ENGINE_MEMORY or use a device with more",
         retry_after=5.0,
     )
+
+
+async def finished(job: Job[Any], seconds: float) -> bool:
+    """Wait until a job has ended; whether it did within this many seconds."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def wake(_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(event.set)
+
+    job.future.add_done_callback(wake)
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()
+    except TimeoutError:
+        return job.future.done()
+    return True

@@ -9,10 +9,9 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
-from nowcast_proto.errors import Busy, NowcastError, Unavailable
+from nowcast_proto.errors import Busy, NowcastError
 from nowcast_proto.messages import CoverageReport
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.trainings import StatusReply
@@ -21,14 +20,15 @@ from nowcast_service.graph.blocks import NeuralGraph
 from nowcast_service.observe import traces
 from nowcast_service.observe.metrics import Metrics
 from nowcast_service.predictors.base import Predictor
-from nowcast_service.predictors.graphs import Needs, Prepared
-from nowcast_service.runtime.answer import PROBE, Prediction, probe
+from nowcast_service.predictors.graphs import Needs
+from nowcast_service.runtime.answer import Prediction
 from nowcast_service.runtime.archive import Archive
 from nowcast_service.runtime.budget import Budget, Shares
 from nowcast_service.runtime.catalogue import Catalogue, Key
 from nowcast_service.runtime.device_queue import Check, Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
 from nowcast_service.runtime.memory import Trimmer, resident
+from nowcast_service.runtime.readiness import Readiness
 from nowcast_service.runtime.session import Session, Snapshot
 from nowcast_service.runtime.spec_work import SpecWork
 from nowcast_service.runtime.store import SessionStore
@@ -38,7 +38,6 @@ from nowcast_service.settings import Settings
 log = logging.getLogger(__name__)
 
 _SWEEP_EVERY = 0.25
-_PROBE_EVERY = 5.0
 _SAVE_EVERY = 15.0
 _LINGER = 5.0
 """Seconds a drained service waits for finished answers to be fetched."""
@@ -97,8 +96,7 @@ class Service:
         self._began = time.monotonic()
         self._measuring: set[asyncio.Task[None]] = set()
         self._uploads = Shares(settings.max_uploads, tenants)
-        self._probed: float | None = None
-        self._probe: Job[float] | None = None
+        self.readiness = Readiness(settings, self.engine, self.catalogue, self.specs, self.metrics)
         watch = self.metrics.watch
         watch(self.metrics.queue, lambda: self.engine.waiting)
         watch(self.metrics.running, lambda: float(self.engine.running_for > 0))
@@ -262,15 +260,11 @@ class Service:
                     traces.stages(at, time.monotonic(), waited | worked, about)
 
         try:
-            after = self._ahead(place.tenant, key, spec)
+            after = self.specs.ahead(place.tenant, self.catalogue.predictor(key).needs, spec)
         except NowcastError:
             place.release()
             raise
         return self.engine.submit(place, work, seconds=seconds, after=after, ended=count)
-
-    def _ahead(self, tenant: str, key: Key, spec: ArchitectureSpec) -> tuple[Future[Prepared], ...]:
-        needs = self.catalogue.predictor(key).needs
-        return tuple(self.specs.prepare(tenant, spec, need) for need in needs)
 
     def count_in(self, nbytes: int) -> None:
         """Count bytes of a body received."""
@@ -279,74 +273,6 @@ class Service:
     def count_out(self, nbytes: int) -> None:
         """Count bytes of a body sent."""
         self.metrics.bytes.labels("out").inc(nbytes)
-
-    async def readiness(self) -> dict[str, float]:
-        """Check that work gets done: a real forward pass went through the queue lately, and nothing is stuck.
-
-        Returns:
-            Check -> seconds.
-
-        Raises:
-            Unavailable: Not ready, and why.
-        """
-        try:
-            checks = await self._check()
-        except NowcastError:
-            self.metrics.ready.set(0)
-            raise
-        self.metrics.ready.set(1)
-        return checks
-
-    async def _check(self) -> dict[str, float]:
-        self.engine.check_open()
-        if not self.engine.alive:
-            raise Unavailable("the device worker has ended", remedy="restart the service", retry_after=5.0)
-        running = self.engine.running_for
-        if running > self.settings.stall_after:
-            raise Unavailable(
-                f"one nowcast has been running for {running:.0f} s",
-                expected=f"at most {self.settings.stall_after:g} s",
-                remedy="restart the service if this goes on",
-                retry_after=30.0,
-            )
-        now = time.monotonic()
-        busy = running > 0 and self._probe is None
-        if self._probed is not None and (busy or now - self._probed < _PROBE_EVERY):
-            return {"forward_pass_age": now - self._probed, "running_for": running}
-        return {"forward_pass": await self._forward_pass(), "running_for": running}
-
-    async def _forward_pass(self) -> float:
-        if self._probe is None or self._probe.future.done():
-            key = self.catalogue.resolve_default()
-
-            def work(check: Check) -> float:
-                began = time.perf_counter()
-                probe(self.catalogue.predictor(key), self.specs, check)
-                return time.perf_counter() - began
-
-            # Not under anybody's quota: readiness must be told from busyness.
-            self._probe = self.engine.submit(
-                Place("", lambda place: None),
-                work,
-                seconds=self.settings.stall_after,
-                after=self._ahead("", key, PROBE),
-            )
-        job = self._probe
-        if not await finished(job, self.settings.ready_timeout):
-            raise Unavailable(
-                f"a forward pass did not come through the queue in {self.settings.ready_timeout:g} s",
-                remedy="wait; restart the service if this goes on",
-                retry_after=5.0,
-            )
-        self._probe = None
-        try:
-            seconds = job.result()
-        except NowcastError as exc:
-            raise Unavailable(
-                f"a forward pass through the queue failed: {exc.code}", remedy="see the service's log", retry_after=5.0
-            ) from exc
-        self._probed = time.monotonic()
-        return seconds
 
     async def drain(self, seconds: float) -> None:
         """Refuse new work, let what was admitted finish, and its answers be fetched.
@@ -362,21 +288,3 @@ class Service:
         while self.sessions.unfetched and time.monotonic() < end:
             await asyncio.sleep(0.02)
         log.info("drained: queue %s", "empty" if self.engine.idle else "not empty in time")
-
-
-async def finished(job: Job[object] | Job[Prediction] | Job[float], seconds: float) -> bool:
-    """Wait until a job has ended; whether it did within this many seconds."""
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-
-    def wake(_: object) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(event.set)
-
-    job.future.add_done_callback(wake)
-    try:
-        async with asyncio.timeout(max(0.0, seconds)):
-            await event.wait()
-    except TimeoutError:
-        return job.future.done()
-    return True

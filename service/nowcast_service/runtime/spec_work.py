@@ -10,16 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import mmap
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,7 +29,8 @@ from nowcast_proto.spec import ArchitectureSpec
 
 from nowcast_service.predictors.graphs import Needs, Prepared
 from nowcast_service.runtime.budget import Budget, Reservation
-from nowcast_service.runtime.spec_orders import LENGTH, ORDER, order_of, restored
+from nowcast_service.runtime.spec_nursery import Nursery, receive
+from nowcast_service.runtime.spec_orders import LENGTH, order_of, restored
 from nowcast_service.runtime.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,6 @@ WAITING = 16
 """Specs of one tenant that may wait."""
 _START_SECONDS = 60.0
 """Until a fresh process takes its first order; importing takes seconds on a busy machine."""
-_STOP_SECONDS = 1.0
 _PATIENCE = 1.5
 """Wall-clock seconds per allowed second of processor time, for a machine that has other things to do."""
 _SECONDS_PER_ELEMENT = 1e-9
@@ -57,7 +54,6 @@ _KEPT = 64 << 20
 """Bytes kept of what nobody uses at the moment."""
 _PER_BYTE = 8
 """Bytes that a graph takes in memory, for each that it has on its way here."""
-_OWN_PAGES = 1 << 18
 
 T = TypeVar("T")
 Key = tuple[str, Needs, bool]
@@ -102,10 +98,8 @@ class SpecWork:
         self._bytes: weakref.WeakKeyDictionary[Prepared, int] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakValueDictionary[Key, Prepared] = weakref.WeakValueDictionary()
         self._changed = threading.Condition()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._nursery = Nursery()
         self._numbers = itertools.count(1)
-        self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._stopped = False
 
@@ -121,7 +115,7 @@ class SpecWork:
             ]
         for thread in self._threads:
             thread.start()
-        self._nursery()
+        self._nursery.control()
 
     def stop(self) -> None:
         """End the process, and what it computes."""
@@ -131,15 +125,7 @@ class SpecWork:
             self._changed.notify_all()
         for order in orders:
             self._end(order)
-        with self._starting:
-            if self._control is not None:
-                self._control.close()  # at which it ends its children, and itself
-            if self._process is not None:
-                try:
-                    self._process.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:  # still importing
-                    self._process.kill()
-                    self._process.wait()
+        self._nursery.stop()
 
     def coverage(self, tenant: str, spec: ArchitectureSpec, needs: Needs) -> Future[CoverageReport]:
         """Count what a predictor with these needs does with each parameter; fails where there can be no graph.
@@ -162,6 +148,10 @@ class SpecWork:
         with self._changed:
             found = self._known.get((spec.digest(), needs, True))
         return found if found is not None else self.prepare("", spec, needs).result()
+
+    def ahead(self, tenant: str, needs: Iterable[Needs], spec: ArchitectureSpec) -> tuple[Future[Prepared], ...]:
+        """Everything a predictor needs of a spec; see `prepare`."""
+        return tuple(self.prepare(tenant, spec, need) for need in needs)
 
     def _ask(self, key: Key, tenant: str, spec: ArchitectureSpec) -> Future[Any]:
         self.start()
@@ -279,7 +269,7 @@ class SpecWork:
                             "the process that works on specs ended", remedy="try again", retry_after=2.0
                         ) from exc
                 finally:
-                    self._tell(b"E", number)
+                    self._nursery.tell(b"E", number)
             if order.unwanted:
                 break
         if order.unwanted:
@@ -289,22 +279,22 @@ class SpecWork:
     def _begun(self, link: socket.socket, theirs: socket.socket, number: int, order: _Order) -> bool:
         """Give an order; whether a child has begun with it."""
         with theirs:
-            self._tell(b"S", number, theirs)
+            self._nursery.tell(b"S", number, theirs)
         request = order_of(order.spec, order.key[1], whole=order.key[2], seconds=order.seconds, memory=order.memory)
         end = time.monotonic() + _START_SECONDS
         try:
             link.settimeout(_START_SECONDS)
             link.sendall(request)
-            return bytes(_receive(link, 1, end)) == b"S"
+            return bytes(receive(link, 1, end)) == b"S"
         except (OSError, EOFError):  # it may have ended since the last order: a fresh one gets a chance
             return False
 
     def _answer(self, link: socket.socket, order: _Order) -> Any:
         end = time.monotonic() + _PATIENCE * order.seconds
-        kind = bytes(_receive(link, 1, end))
+        kind = bytes(receive(link, 1, end))
         if kind == b"K":
-            raise self._ended(order, _receive(link, 1, end)[0])
-        head = bytes(_receive(link, self._length(link, order, end), end))
+            raise self._ended(order, receive(link, 1, end)[0])
+        head = bytes(receive(link, self._length(link, order, end), end))
         if kind == b"X":
             raise NowcastError.from_body(ErrorBody.model_validate_json(head))
         length = self._length(link, order, end)
@@ -312,13 +302,13 @@ class SpecWork:
             return CoverageReport.model_validate_json(head)
         reservation = self._room(order.tenant, _PER_BYTE * len(head) + length)
         try:
-            return self._restored(order, head, _receive(link, length, end), reservation)
+            return self._restored(order, head, receive(link, length, end), reservation)
         except BaseException:
             reservation.release()
             raise
 
     def _length(self, link: socket.socket, order: _Order, end: float) -> int:
-        (length,) = LENGTH.unpack(_receive(link, LENGTH.size, end))
+        (length,) = LENGTH.unpack(receive(link, LENGTH.size, end))
         if length > order.memory:
             raise self._large(order)
         return int(length)
@@ -365,64 +355,8 @@ class SpecWork:
             remedy="use a predictor that needs no graph, or raise NOWCAST_SPEC_MEMORY",
         )
 
-    # The process ------------------------------------------------------------------------------------------------------
-
-    def _tell(self, letter: bytes, number: int, theirs: socket.socket | None = None) -> None:
-        control = self._nursery()
-        fds = [] if theirs is None else [theirs.fileno()]
-        with contextlib.suppress(OSError):  # it has just ended; whoever waits on the link sees that
-            socket.send_fds(control, [ORDER.pack(letter, number)], fds)
-
-    def _nursery(self) -> socket.socket:
-        """The socket to a process that lives."""
-        with self._starting:
-            if self._stopped and self._control is not None:
-                return self._control
-            if self._process is None or self._control is None or self._process.poll() is not None:
-                if self._process is not None:
-                    log.warning(
-                        "the process that works on specs ended with %s; it starts again", self._process.returncode
-                    )
-                if self._control is not None:
-                    self._control.close()
-                ours, theirs = socket.socketpair()
-                with theirs:
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-m", "nowcast_service.runtime.spec_process", str(theirs.fileno())],
-                        pass_fds=(theirs.fileno(),),
-                        stdin=subprocess.DEVNULL,
-                        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                    )
-                self._control = ours
-            return self._control
-
-
-_ENVIRONMENT = {
-    # One thread, so that it can be forked, and no device.
-    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    "CUDA_VISIBLE_DEVICES": "",
-}
-
 
 def _remember(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
     kept[key] = value
     while len(kept) > _REMEMBERED:
         kept.popitem(last=False)
-
-
-def _receive(link: socket.socket, length: int, end: float) -> memoryview:
-    """Exactly so many bytes, in memory that goes back to the system.
-
-    Raises:
-        TimeoutError: They did not come by then.
-        EOFError: The other end closed.
-    """
-    data = memoryview(mmap.mmap(-1, length) if length > _OWN_PAGES else bytearray(length))
-    left = data
-    while left:
-        link.settimeout(max(0.001, end - time.monotonic()))
-        got = link.recv_into(left)
-        if not got:
-            raise EOFError
-        left = left[got:]
-    return data

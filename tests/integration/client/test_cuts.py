@@ -93,9 +93,9 @@ def test_upload_cut_anywhere(server: Server) -> None:
             state = watcher.state(soon())
             assert state is not None
             assert not [s for s in state.snapshots if s.step == step and s.state == "complete"], place
-            session._retry = AGAIN
+            session._exchange.retry = AGAIN
             session.upload(step, partial(snapshot, step), soon())  # returns once the service says "complete"
-            session._transport.close()
+            session._exchange.transport.close()
         proxy.close()
         return proxy.struck
 
@@ -140,9 +140,9 @@ def test_reply_cut_anywhere(server: Server) -> None:
             proxy.plans.append(Plan("down", place, reset=bool(number % 2)))
             with pytest.raises(NowcastError):
                 session._fetch(job, soon())
-            session._retry = AGAIN
+            session._exchange.retry = AGAIN
             _, frames = session._fetch(job, soon())
-            session._transport.close()
+            session._exchange.transport.close()
             assert read(frames) == expected, place
         proxy.close()
         return proxy.struck
@@ -168,7 +168,7 @@ def test_question_cut_anywhere(server: Server, proxy: Proxy) -> None:
         proxy.plans.append(Plan("up", place, reset=bool(number % 2)))
         again = job.model_copy(update={"nowcast": mint()})
         _, frames = session.nowcast(again, dict.fromkeys(job.steps), soon())
-        session._transport.close()
+        session._exchange.transport.close()
         assert read(frames) == expected, place
     assert proxy.struck == 200
 
@@ -188,16 +188,16 @@ def test_corrupted_reply(server: Server) -> None:
         for number, place in enumerate(places[lane::LANES]):
             session = session_at(proxy.url, origin.id, ONCE)
             # A flip in the HTTP header may leave it waiting for bytes that never come; one in the payload may not.
-            session._timeout = 0.5 if place < header_end else 20.0
+            session._exchange.timeout = 0.5 if place < header_end else 20.0
             proxy.plans.append(Plan("down", place, flip=(number + lane) % 8))
             try:
-                _, frames = session._fetch(job, time.monotonic() + session._timeout)
+                _, frames = session._fetch(job, time.monotonic() + session._exchange.timeout)
             except NowcastError:
                 refused += place >= header_end
             else:
                 assert read(frames) == expected, place
                 assert place < header_end, "a flipped payload bit went unnoticed"
-            session._transport.close()
+            session._exchange.transport.close()
         proxy.close()
         return refused
 
@@ -215,7 +215,7 @@ def test_corrupted_upload(server: Server, proxy: Proxy) -> None:
         session._open = True
         proxy.plans.append(Plan("up", place, flip=number % 8))
         session.upload(step, partial(snapshot, step), soon())
-        session._transport.close()
+        session._exchange.transport.close()
     fresh = session_at(server.url, origin.id, AGAIN)
     steps = tuple(range(155, 160))
     job = NowcastJob(nowcast=mint(), steps=steps, k=3, predictor="linear", reply="delta", deadline=600)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nowcast_client.network.derive import derive_spec, plain_name
+from nowcast_client.network.derive import derive_spec
+from nowcast_client.network.modules import plain_name
 from nowcast_lab.demo.training_job.gpt import GPT, GPTConfig
 from nowcast_proto.errors import UnsupportedArchitecture
 from torch import nn

@@ -16,7 +16,7 @@ from nowcast_service.graph.wiring.build import build_graph
 from nowcast_service.nino.checkpoint import save_checkpoint
 from nowcast_service.predictors.base import ahead
 from nowcast_service.predictors.nino import NiNo
-from nowcast_service.predictors.registry import Options
+from nowcast_service.predictors.options import Options
 from safetensors.torch import load_file
 
 from ..command import nowcast, write_case

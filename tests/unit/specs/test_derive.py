@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from nowcast_client.network.derive import UNKNOWN_FAMILY, derive_spec
+from nowcast_client.network.derive import derive_spec
+from nowcast_client.network.named import UNKNOWN_FAMILY
 from nowcast_proto.errors import UnsupportedArchitecture
 from nowcast_service.graph.wiring.build import build_graph
 from torch import nn

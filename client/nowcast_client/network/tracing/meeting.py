@@ -1,8 +1,7 @@
-"""Three things that operations do to labels: values meet place by place, axes are reduced, tensors are contracted.
+"""What operations on several tensors do to labels: values meet place by place, tensors are contracted.
 
-Everything that restricts neurons is found here. Two grids over the same axes join; a grid over some of the axes of
-another either stands for its rows (heads) or moves with them; data and constants tell neurons apart; reducing a part
-of a grid makes its rows move as a whole.
+Two grids over the same axes join; a grid over some of the axes of another either stands for its rows (heads) or moves
+with them; data and constants tell neurons apart.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from nowcast_client.network.tracing.atoms import NONE, Ints, Ledger
+from nowcast_client.network.tracing.atoms import Ints, Ledger
 from nowcast_client.network.tracing.labels import Axes, Label, Part, refine
 from nowcast_client.network.tracing.parameters import Parameters
+from nowcast_client.network.tracing.reducing import Reducing
 
 
-class Meeting:
+class Meeting(Reducing):
     """What happens to neurons where tensors meet.
 
     Args:
@@ -27,8 +27,7 @@ class Meeting:
     """
 
     def __init__(self, axes: Axes, ledger: Ledger, parameters: Parameters) -> None:
-        self.axes = axes
-        self.ledger = ledger
+        super().__init__(axes, ledger)
         self.parameters = parameters
         self.kind = "tie"
         self.what = ""
@@ -188,41 +187,6 @@ class Meeting:
         for place in range(columns.shape[1]):
             self.ledger.join(rows[:, 0], columns[:, place], "tie")
 
-    def reduce_parts(self, parts: Sequence[Part], fines: Sequence[int]) -> list[Part]:
-        """What is left when some fine axes are summed, or otherwise reduced to what does not depend on their order."""
-        gone = set(fines)
-        out: list[Part] = []
-        for part in parts:
-            rest = [fine for fine in part.fines if fine not in gone]
-            if len(rest) == len(part.fines):
-                out.append(part)
-            elif part.kind == "class":
-                if rest:
-                    out += [Part((fine,), None, "data") for fine in rest]
-            elif part.kind == "grid" and rest:
-                inside = [fine for fine in part.fines if fine in gone]
-                values = part.over([*rest, *inside]).grid
-                shape = [self.axes.sizes[fine] for fine in rest]
-                heads = self.ledger.head(values.reshape(int(np.prod(shape)), -1))
-                out.append(Part(tuple(rest), heads.reshape(shape), "grid"))
-        return out
-
-    def reduce(self, label: Label, axes: Sequence[int], *, keep: bool) -> Label:
-        """A label with some axes reduced.
-
-        Args:
-            label: Of the tensor.
-            axes: Which, from the front.
-            keep: They stay as axes of size one.
-        """
-        gone = [fine for k in axes for fine in label.axes[k]]
-        left = tuple(() if k in axes else axis for k, axis in enumerate(label.axes) if keep or k not in axes)
-        return self.axes.tidy(replace(label, axes=left, parts=tuple(self.reduce_parts(label.parts, gone)), tag=None))
-
-    def normalise(self, label: Label, axes: Sequence[int]) -> None:
-        """Every value depends on all values along these axes, whatever their order (softmax, norms)."""
-        self.reduce_parts(label.parts, [fine for k in axes for fine in label.axes[k]])
-
     def contract(self, a: Label, b: Label, summed: Sequence[int]) -> Label:
         """Multiply place by place and sum over some axes; both labels have the same axes, empty where they lack one.
 
@@ -296,33 +260,3 @@ class Meeting:
         if grids[0].size and grids[1].size:
             return ("scores", grids[0], grids[1])
         return None
-
-    def fix(self, label: Label, axes: Sequence[int] | None, why: str) -> Label:
-        """Neurons along some axes (all where None) stay where they are, and those axes are data from then on."""
-        wanted = set(range(len(label.axes))) if axes is None else set(axes)
-        fines = [fine for k in wanted for fine in label.axes[k]]
-        parts: list[Part] = []
-        for part in label.parts:
-            inside = [fine for fine in part.fines if fine in fines]
-            if not inside:
-                parts.append(part)
-                continue
-            rest = [fine for fine in part.fines if fine not in fines]
-            if part.kind == "grid" and rest:
-                values = part.over([*inside, *rest]).grid
-                places = int(np.prod([self.axes.sizes[fine] for fine in inside]))
-                self.ledger.fix(self.ledger.head(values.reshape(places, -1)), why)
-                if not (part.grid == NONE).all():
-                    parts.append(self._rows(part, inside, rest))
-            elif part.kind == "grid":
-                self.ledger.fix(part.grid, why)
-        covered = {fine for part in parts for fine in part.fines}
-        parts += [Part((fine,), None, "data") for fine in fines if fine not in covered]
-        return replace(label, parts=tuple(parts), tag=None)
-
-    def _rows(self, part: Part, inside: list[int], rest: list[int]) -> Part:
-        """What the axes that stay run over when others become data: neurons of one row, or rows as a whole."""
-        values = part.over([*rest, *inside]).grid
-        shape = [self.axes.sizes[fine] for fine in rest]
-        heads = self.ledger.head(values.reshape(int(np.prod(shape)), -1))
-        return Part(tuple(rest), heads.reshape(shape), "grid")

@@ -23,8 +23,8 @@ from starlette.requests import ClientDisconnect
 from nowcast_service.http.bodies import disconnected
 from nowcast_service.runtime.answer import Prediction
 from nowcast_service.runtime.catalogue import Key
-from nowcast_service.runtime.device_queue import Job
-from nowcast_service.runtime.service import Service, finished
+from nowcast_service.runtime.device_queue import Job, finished
+from nowcast_service.runtime.service import Service
 
 STREAM = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -55,7 +55,7 @@ async def get_health() -> HealthReply:
 @router.get(ROUTE_READY, tags=["service"], summary="Nowcasts get done", response_model=HealthReply)
 async def get_ready(service: ServiceOf) -> HealthReply:
     """A real small forward pass came through the queue, and nothing is stuck in it. Needs no key."""
-    return HealthReply(version=version(), checks=await service.readiness())
+    return HealthReply(version=version(), checks=await service.readiness.check())
 
 
 @router.get(
