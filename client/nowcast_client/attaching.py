@@ -133,6 +133,7 @@ def attach(
             _given(optimizer),
             Watch(timetable.stride),
             sharded=ranks is not None or chosen == "off",
+            average=patching.average,
             derive=network.derive if ranks is None else None,
         )
         job = NowcastJob(
@@ -162,7 +163,7 @@ def attach(
             windows,
             patcher,
             Trials(judged, every),
-            Gate(cadence.lr_gate, total_steps, judged, judging=network.mode == "on"),
+            Gate(cadence.lr_gate, total_steps, every, judged, judging=network.mode == "on"),
             cadence,
             patching,
             job,

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from nowcast_proto.spec import ArchitectureSpec
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nowcast_client.errors import AttachError
 from nowcast_client.loop.nowcasting import Nowcasting
 from nowcast_client.loop.report import Event
 from nowcast_client.loop.state import load_state_dict, state_dict
 from nowcast_client.loop.steps import SILENT_REPORTS, after_backward
 from nowcast_client.loop.summary import last_report, summary, tell_people
-from nowcast_client.settings import Mode
+from nowcast_client.settings import Mode, Split
 from nowcast_client.tensors.layout import innermost
 from nowcast_client.wire.transport import Transport
 
@@ -49,7 +51,7 @@ class Handle:
         self._transport = transport
         self._closed = False
         self._hooks: list[Any] = []
-        if nowcasting.is_on:
+        if not self._asleep:
             self._replace()
             self._hook()
             atexit.register(self.close)
@@ -71,18 +73,32 @@ class Handle:
 
     # ------------------------------------------------------------ for users
 
-    def observe(self, loss: float | Tensor, *, step: int | None = None) -> None:
+    def observe(self, loss: float | Tensor, *, step: int | None = None, split: Split = "train") -> None:
         """Report the training loss of the current step; call it anywhere between two optimizer steps.
+
+        With ``split="validation"`` it is the loss on held-out data, as often as it is computed: while that lies above
+        the best it has been, no nowcast is asked for. Of several ranks, the first one's counts.
 
         Args:
             loss: A number or a scalar tensor on any device. Nothing waits for the device. With gradient accumulation,
                 report each micro-batch; reports for one optimizer step are averaged.
             step: Optimizer steps the weights had seen that gave this loss; now's by default. For frameworks that tell
                 the loss only after the step.
+            split: ``train`` or ``validation``.
+
+        Raises:
+            AttachError: There is no such split.
         """
+        if split not in get_args(Split):
+            raise AttachError(f"observe(split={split!r})", expected="'train' or 'validation'")
         if self.mode == "off" or self._nowcasting.steps.foreign:
             return
         work = self._nowcasting
+        if split == "validation":
+            with work.report.timed("observe"):
+                at, recovering = self.step if step is None else step, work.trials.open is not None
+                work.gate.held_out.add(at, float(loss), recovering=recovering)
+            return
         with work.report.timed("observe"):
             work.trials.losses.report(self.step if step is None else step, loss)
             if work.steps.reported():
@@ -123,6 +139,28 @@ class Handle:
         work.windows.follow(work.patcher.spec, work.patcher.layout)
         if self._hooks:
             self._hook()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds its averaged weights inside, for evaluating or saving it, and the live ones afterwards, bit
+        for bit and after exceptions too; ``attach(..., average=STEPS)`` keeps the average.
+
+        Floating-point buffers (batch-norm statistics) are averaged alike. Before the first step it is the live weights,
+        and it begins anew after a rollback and on resume. Ranks need not agree on it, but those that evaluate together
+        enter it together: replicas hold equal averages, and of sharded parameters each rank averages its own part.
+
+        Raises:
+            AttachError: No average is kept.
+        """
+        average = self._nowcasting.patcher.average
+        if average is None:
+            raise AttachError(
+                "no average of the weights is kept",
+                expected="attach(..., average=STEPS)",
+                remedy="a fiftieth of the training is a good length",
+            )
+        with average.in_place():
+            yield
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until everything handed to the service so far is done; for examples and tests.
@@ -201,6 +239,12 @@ class Handle:
     # -------------------------------------------------------------- the hook
 
     @property
+    def _asleep(self) -> bool:
+        """Whether steps are not even looked at."""
+        work = self._nowcasting
+        return self._closed or work.steps.foreign or (self.mode == "off" and work.patcher.average is None)
+
+    @property
     def _idle(self) -> bool:
         return self._closed or self.mode == "off" or self._nowcasting.steps.foreign
 
@@ -228,17 +272,20 @@ class Handle:
             ]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._idle:
+        if self._asleep:
             return
         work = self._nowcasting
         with work.report.timed("before_step"):
+            if self._idle:
+                work.steps.begin(optimizer)
+                return
             if work.windows.ring is not None:
                 work.windows.ring.hold_writes()
             if work.steps.begin(optimizer):
                 work.look()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._idle and self._nowcasting.steps.end(optimizer):
+        if not self._asleep and self._nowcasting.steps.end(optimizer):
             # A patch in the middle of a backward pass would change weights that pass still needs.
             after_backward(lambda: self._stepped(optimizer))
 
@@ -246,6 +293,10 @@ class Handle:
         work = self._nowcasting
         with work.report.timed("hook"):
             if work.steps.count(optimizer):
+                if work.patcher.average is not None:
+                    work.patcher.average.update()
+                if self._idle:
+                    return
                 tell_people(work)
                 work.steps.due = True
                 if work.cadence.acts == "after_step":

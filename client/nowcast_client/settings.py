@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nowcast_client.wire.transport import Retry, Transport
 
 Mode = Literal["on", "shadow", "off"]
+Split = Literal["train", "validation"]
 Acts = Literal["after_step", "when_told"]
 MAX_HORIZON = 20
 """First horizon, in strides: in ``docs/results-h32.md`` our weights ended better with it on the text task for choosing
@@ -118,6 +119,8 @@ class Patching:
         refresh: Called after every patch, on every rank, to gather anew what depends on the weights, such as batch-norm
             statistics: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A rollback puts the old statistics
             back by itself.
+        average: Steps that an average of the weights reaches back, for `nowcast_client.handle.Handle.averaged`; it
+            takes the memory of one float32 copy where the weights are. None keeps none.
         strict: Raise what goes wrong instead of skipping it.
     """
 
@@ -125,10 +128,12 @@ class Patching:
     patch_bound: float = PATCH_BOUND
     copies: Sequence[nn.Module] = ()
     refresh: Callable[[], object] | None = None
+    average: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
         _must("patch_bound", self.patch_bound, self.patch_bound > 0, "a positive factor")
+        _must("average", self.average, self.average is None or self.average >= 1, "1 step or more; None keeps none")
 
 
 class Shorthand(TypedDict, total=False):
@@ -155,6 +160,7 @@ class Shorthand(TypedDict, total=False):
     patch_bound: float
     copies: Sequence[nn.Module]
     refresh: Callable[[], object] | None
+    average: int | None
     strict: bool
     include_frozen: bool
     table: DeclaredTable | str | Path | None

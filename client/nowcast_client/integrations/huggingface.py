@@ -134,6 +134,20 @@ class NowcastCallback(TrainerCallback, ExportableState):
                 state.log_history[-1].update(self._numbers)
             self._numbers = {}
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Report the evaluation's losses; those of several data sets are averaged."""
+        if self.handle is not None:
+            for name, value in (metrics or {}).items():
+                if name.startswith("eval_") and name.endswith("_loss"):
+                    self.handle.observe(value, split="validation")
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -32,6 +32,7 @@ class NowcastCallback(Callback):
 
     Args:
         url: As in `nowcast_client.attach`.
+        held_out: Name under which ``validation_step`` logs the loss on held-out data, where it does.
         settings: Everything else `nowcast_client.attach` takes; ``total_steps`` is the Trainer's by default. With
             manual optimization, give ``trial=False`` or return the loss from ``training_step``.
 
@@ -40,10 +41,13 @@ class NowcastCallback(Callback):
         summary: What `Handle.summary` said when the last training ended.
     """
 
-    def __init__(self, url: str | Connection | None = None, **settings: Unpack[AttachSettings]) -> None:
+    def __init__(
+        self, url: str | Connection | None = None, *, held_out: str = "val_loss", **settings: Unpack[AttachSettings]
+    ) -> None:
         self.handle: Handle | None = None
         self.summary: dict[str, Any] = {}
         self._url = url
+        self._held_out = held_out
         self._settings: AttachSettings = settings
         self._saved: dict[str, Any] | None = None
         self._step_before = 0
@@ -86,6 +90,12 @@ class NowcastCallback(Callback):
         for step, numbers in pending.items():
             for target in self._targets:
                 target(numbers, step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the loss on held-out data."""
+        loss = trainer.callback_metrics.get(self._held_out)
+        if self.handle is not None and loss is not None and not trainer.sanity_checking:
+            self.handle.observe(loss, split="validation")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach and say what was gained."""

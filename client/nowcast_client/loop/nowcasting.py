@@ -242,11 +242,11 @@ class Nowcasting:
         if trial is None:
             return
         give_up = self.trials.close(verdict, step)
+        self.gate.tried(kept=verdict.keep)
         told = {"of": trial.patch.step, "reason": verdict.reason, "expected": verdict.expected}
         told |= {"level": verdict.level, "tolerance": verdict.tolerance}
         if verdict.keep:
             self.report.counts["kept"] += 1
-            self.gate.kept()
             self.windows.tell(trial.patch, "kept", verdict.reason, step)
             self.report.emit("kept", **told)
             return
@@ -309,6 +309,8 @@ class Nowcasting:
         """Begin with nothing: no window, no nowcast, no trial."""
         self.unjudged()
         self.trials.settled_at = self.steps.step
+        if self.patcher.average is not None:
+            self.patcher.average.restart()
         self.windows.abandon()
         self.windows.drop()
 

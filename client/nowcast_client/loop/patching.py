@@ -9,6 +9,7 @@ from nowcast_proto.spec import ArchitectureSpec
 from torch import nn
 from torch.optim import Optimizer
 
+from nowcast_client.tensors.average import Average
 from nowcast_client.tensors.copies import Copies
 from nowcast_client.tensors.layout import Layout, fingerprint, layout_of, stirring
 from nowcast_client.tensors.patch import Backup, Patch, apply
@@ -26,12 +27,14 @@ class Patcher:
         outermost: Optimizers as the caller passed them, wrappers around them included.
         watch: Notices what others write.
         sharded: Whether parameters may be shards of a tensor that no rank holds whole.
+        average: Steps that an average of the weights reaches back; None keeps none.
         derive: Derives the spec anew, where parameters may begin to train later; None where it is the caller's own.
 
     Attributes:
         spec: As given; another one after parameters outside it began to train.
         layout: The live parameters.
         optimizers: As given.
+        average: Of the weights; None where none is kept.
 
     Raises:
         AttachError: See `nowcast_client.tensors.layout.layout_of`.
@@ -47,6 +50,7 @@ class Patcher:
         watch: Watch,
         *,
         sharded: bool,
+        average: int | None = None,
         derive: Callable[[], ArchitectureSpec] | None = None,
     ) -> None:
         self.spec = spec
@@ -55,6 +59,7 @@ class Patcher:
         self.copies = Copies(model, copies, optimizers, self.layout, outermost)
         self.backup = Backup()
         self.watch = watch
+        self.average = Average(model, average) if average is not None else None
         self._model = model
         self._sharded = sharded
         self._derive = derive
@@ -122,6 +127,8 @@ class Patcher:
         else:
             self.backup.restore_parameters(self.layout)
         self.copies.restore()
+        if self.average is not None and state:
+            self.average.restart()  # it holds weights of the nowcast that was undone
 
     @property
     def rate(self) -> float | None:

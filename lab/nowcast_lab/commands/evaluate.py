@@ -68,7 +68,7 @@ def evaluate(
                 data=data,
                 device=device,
                 on_run=lambda _: progress.advance(runs),
-                on_step=lambda step: progress.update(current, completed=step),
+                on_step=lambda step, _: progress.update(current, completed=step),
             )
     found = reports(read_runs(out))
     table = pooled_markdown(pooled(found)) + "\n" + markdown(found)

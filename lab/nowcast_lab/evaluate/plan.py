@@ -47,7 +47,7 @@ def execute(
     data: str | None = None,
     device: str = "cpu",
     on_run: Callable[[dict[str, Any]], None] = lambda _: None,
-    on_step: Callable[[int], None] = lambda _: None,
+    on_step: Callable[[int, float], None] = lambda *_: None,
 ) -> int:
     """Make all runs of a plan that `out` does not hold, and append them.
 
@@ -58,7 +58,7 @@ def execute(
         data: Folder of the data files.
         device: Where to train.
         on_run: Called with every finished run, old or new.
-        on_step: Called with every step of the current run.
+        on_step: Called with every step of the current run and its training loss.
 
     Returns:
         Number of trainings. Arms that differ only in the average that is evaluated are one training.

@@ -157,6 +157,12 @@ class Nowcasts:
         return True
 
     @property
+    def periods(self) -> list[tuple[int, float, float, str]]:
+        """Of a run on trial: the last step of every period, the loss at its end, its error, and how it began."""
+        periods = self._trial.best.payoff.periods if self._trial is not None else []
+        return [(one.step, round(one.level, 6), round(one.error, 6), one.kind) for one in periods]
+
+    @property
     def nbytes(self) -> int | None:
         """Memory of the snapshots and the largest nowcast; None where it could not be measured or none was made."""
         if self._peak.nbytes is None:
@@ -176,7 +182,7 @@ def run(
     steps: int | None = None,
     until_target: bool = False,
     device: str = "cpu",
-    on_step: Callable[[int], None] = lambda _: None,
+    on_step: Callable[[int, float], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Train once.
 
@@ -189,11 +195,12 @@ def run(
         steps: Length of the run where it is not the task's.
         until_target: End the run where it reaches the task's target; schedules stay those of the whole run.
         device: Where to train.
-        on_step: Called with every step.
+        on_step: Called with every step and its training loss.
 
     Returns:
         The JSON line: arm, curve of (step, metric, training seconds with nowcasts), the metric by kind of averaged
-        weights at the same steps, final metric and loss, nowcasts made and kept, seconds of training and of nowcasts,
+        weights at the same steps, final metric and loss, nowcasts made and kept, the periods of
+        a run on trial (last step, level of the loss, its error, how they began), seconds of training and of nowcasts,
         and the bytes of host memory (on CUDA: of the device) that the snapshots and the largest nowcast took; a
         server's are its own and do not count.
     """
@@ -238,7 +245,7 @@ def run(
             nowcast_seconds += time.perf_counter() - began
         if due_to_measure and arm.predictor not in AHEAD:
             measure()
-        on_step(step)
+        on_step(step, value)
         if not math.isfinite(value):
             break
         if until_target and task.target is not None and curve and task.better(curve[-1][1], task.target):
@@ -257,6 +264,7 @@ def run(
         "train_loss": sum(tail) / len(tail),
         "nowcasts": nowcasts.made if nowcasts else 0,
         "kept": nowcasts.kept if nowcasts else 0,
+        "periods": nowcasts.periods if nowcasts else [],
         "training_seconds": round(training_seconds, 4),
         "nowcast_seconds": round(nowcast_seconds, 4),
         "nowcast_bytes": nowcasts.nbytes if nowcasts else None,

@@ -19,6 +19,9 @@ class OnTrial:
         optimizers: Of the training.
         period: Steps between nowcasts; the window is at most a third of it, as in the client.
         steps: Of the run.
+
+    Attributes:
+        best: What the nowcasts have brought so far.
     """
 
     def __init__(self, model: nn.Module, optimizers: Optimizers, period: int, steps: int) -> None:
@@ -27,7 +30,7 @@ class OnTrial:
         base = TrialSettings()
         self._settings = replace(base, window=max(1, min(base.window, period // 3)))
         self._trace = LossTrace(2 * (period + base.reference))
-        self._best = BestLevel(self._settings)
+        self.best = BestLevel(self._settings, steps // period)
         self._settled_at = 0
         self._patched_at: int | None = None
         self._reference_from = 0
@@ -44,7 +47,7 @@ class OnTrial:
         if step + self._settings.window > self._steps:
             return "the training ends before the nowcast could prove itself"
         first = max(self._settled_at, step - self._period // 2)
-        return self._best.objection(self._trace.between(first, step - 1)[1])
+        return self.best.objection(step, self._trace.between(first, step - 1)[1])
 
     def begin(self, step: int) -> None:
         """Remember everything before a nowcast is written."""
@@ -68,9 +71,8 @@ class OnTrial:
             settings=self._settings,
         )
         self._patched_at, self._settled_at = None, step
-        if found.keep:
-            self._best.kept()
-        else:
+        self.best.tried(kept=found.keep)
+        if not found.keep:
             self._model.load_state_dict(self._saved[0])
             self._optimizers.load_state_dicts(self._saved[1])
         return found.keep

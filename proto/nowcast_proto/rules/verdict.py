@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nowcast_proto.rules.payoff import Payoff
+from nowcast_proto.rules.payoff import Level, Payoff
 
 Floats = NDArray[np.float64]
 RECOVERY = 50
@@ -133,24 +133,12 @@ def slope(steps: Floats, losses: Floats, sigma: float) -> tuple[float, float]:
     return float((centred * losses).sum() / spread), sigma / math.sqrt(spread)
 
 
-@dataclass(frozen=True)
-class Level:
-    """Where the loss was over a stretch of steps.
-
-    Attributes:
-        mean: Of the losses, without outliers.
-        error: Its standard error under the noise of the loss.
-    """
-
-    mean: float
-    error: float
-
-
 class BestLevel:
     """The lowest level the loss has had, and whether nowcasts are still good for a lower one.
 
     Args:
         settings: What counts as level with it.
+        planned: Nowcasts that the training has room for; None where its length is not known.
 
     Attributes:
         best: The lowest level so far; None before the first.
@@ -160,21 +148,22 @@ class BestLevel:
         payoff: Whether the sum of the nowcasts pays.
     """
 
-    def __init__(self, settings: TrialSettings) -> None:
+    def __init__(self, settings: TrialSettings, planned: int | None = None) -> None:
         self._settings = settings
         self.best: Level | None = None
         self.nowcasts = self.pauses = self.pause = 0
-        self.payoff = Payoff()
+        self.payoff = Payoff(planned)
 
-    def kept(self) -> None:
-        """Another nowcast was kept."""
-        self.nowcasts += 1
-        self.payoff.kept()
+    def tried(self, *, kept: bool) -> None:
+        """The trial of another nowcast is over."""
+        self.nowcasts += kept
+        self.payoff.tried()
 
-    def objection(self, losses: Floats) -> str:
+    def objection(self, step: int, losses: Floats) -> str:
         """Why no nowcast should be made now; empty where nothing speaks against one.
 
         Args:
+            step: Of the training.
             losses: (n,) those of the newest stretch in which nothing but training moved them; stretches should be
                 about equally long, so that a falling loss falls from one to the next. Too few say nothing.
         """
@@ -182,7 +171,7 @@ class BestLevel:
         if losses.size < self._settings.min_reference:
             return ""
         now = Level(trimmed_mean(losses), noise(losses) / math.sqrt(losses.size))
-        self.payoff.over(now.mean)
+        self.payoff.over(step, now)
         if self.best is None or now.mean <= self.best.mean:
             self.best, self.nowcasts, self.pause = now, 0, max(0, self.pause - 1)
         elif self.pause == 0 and self.nowcasts >= max(1, self._settings.patience - self.pauses):

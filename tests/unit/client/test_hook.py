@@ -739,3 +739,22 @@ def test_close_is_quick_and_final() -> None:
     assert time.monotonic() - start < 10.0  # it may take two; the nowcast it gives up may take three hundred
     training.run(20)
     assert training.handle.step == 50
+
+
+def test_nowcasts_wait_while_the_held_out_loss_is_above_its_best() -> None:
+    training = Training(FakeService(nothing), period=50)
+    saved: dict[str, Any] = {}
+    for number, loss in enumerate([1.0, 0.8, 0.9, 0.9, 0.7, 0.69]):
+        if number:
+            training.handle.observe(torch.tensor(loss), split="validation")
+        training.run(50, loss_of=lambda step, _: 1.0 - 0.001 * step)
+        saved = training.handle.state_dict() if number == 2 else saved
+    reasons = [(e.step, e.detail["reason"]) for e in training.events if e.kind == "skipped"]
+    assert [step for step, reason in reasons if "held-out" in reason] == [150, 200]
+    assert training.handle.summary()["patched"] == 4
+    resumed = Training(FakeService(nothing), period=50)
+    resumed.handle.load_state_dict(saved)
+    resumed.run(50, loss_of=lambda step, _: 1.0 - 0.001 * step)
+    assert any("held-out" in event.detail["reason"] for event in resumed.events if event.kind == "skipped")
+    with pytest.raises(AttachError, match="validation"):
+        training.handle.observe(1.0, split="test")  # type: ignore[arg-type]

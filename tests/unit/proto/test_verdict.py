@@ -142,11 +142,11 @@ def held(levels: np.ndarray, seed: int, *, sigma: float = 0.1, size: int = 100) 
     """
     rng = np.random.default_rng(seed)
     best, waits = BestLevel(TrialSettings()), []
-    for level in levels:
-        why = best.objection(level + rng.normal(0, sigma, size))
+    for step, level in enumerate(levels):
+        why = best.objection(step, level + rng.normal(0, sigma, size))
         waits.append(why.startswith(("the loss is above", "nowcasts have brought")))
         if not waits[-1]:
-            best.kept()
+            best.tried(kept=True)
     return waits
 
 
@@ -182,8 +182,8 @@ def test_a_falling_loss_holds_little_back(fall: float, most: float) -> None:
 
 def test_too_few_losses_hold_nothing_back_and_leave_no_mark() -> None:
     best = BestLevel(TrialSettings())
-    assert not best.objection(np.array([0.1, 0.1]))
-    assert not best.objection(np.array([np.nan] * 20))
+    assert not best.objection(0, np.array([0.1, 0.1]))
+    assert not best.objection(0, np.array([np.nan] * 20))
     assert best.best is None
-    assert not best.objection(np.array([1.0] * 20 + [np.nan, 1e9]))
-    assert "above the best" in best.objection(np.full(20, 1.02))
+    assert not best.objection(0, np.array([1.0] * 20 + [np.nan, 1e9]))
+    assert "above the best" in best.objection(0, np.full(20, 1.02))
