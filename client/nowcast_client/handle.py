@@ -1,9 +1,7 @@
-"""What `nowcast_client.attach` returns: hooks on the optimizers, and what a training says to them.
+"""What `nowcast_client.attach` returns: what a training says to its nowcasting.
 
-After every real optimizer step the hook counts, and at its times takes a snapshot, asks for a nowcast, writes one that
-has arrived, or judges one on trial. Everything slow happens in the uploader's thread. Whatever goes wrong is logged
-once per kind, counted and skipped: the training never sees an exception from here unless it asked for them
-(``strict``).
+What is done after every optimizer step is in `nowcast_client.loop.hooks`. Whatever goes wrong is logged once per kind,
+counted and skipped: the training never sees an exception from here unless it asked for them (``strict``).
 """
 
 from __future__ import annotations
@@ -22,11 +20,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
+from nowcast_client.loop.hooks import Hooks
 from nowcast_client.loop.nowcasting import Nowcasting
 from nowcast_client.loop.report import Event
 from nowcast_client.loop.state import load_state_dict, state_dict
-from nowcast_client.loop.steps import SILENT_REPORTS, after_backward
-from nowcast_client.loop.summary import last_report, summary, tell_people
+from nowcast_client.loop.steps import SILENT_REPORTS
+from nowcast_client.loop.summary import last_report, summary
 from nowcast_client.settings import Mode, Split
 from nowcast_client.tensors.layout import innermost
 from nowcast_client.wire.transport import Transport
@@ -50,10 +49,10 @@ class Handle:
         self._nowcasting = nowcasting
         self._transport = transport
         self._closed = False
-        self._hooks: list[Any] = []
-        if not self._asleep:
+        self._hooks = Hooks(nowcasting)
+        if not self._hooks.useless:
             self._replace()
-            self._hook()
+            self._hooks.set()
             atexit.register(self.close)
 
     @property
@@ -114,7 +113,7 @@ class Handle:
         the next forward pass, never between a forward pass and its backward pass.
         """
         work = self._nowcasting
-        if not work.steps.due or self._idle:
+        if not work.steps.due or self._closed or work.steps.foreign or self.mode == "off":
             return
         work.steps.due = False
         with work.report.timed("hook"):
@@ -137,8 +136,8 @@ class Handle:
         work.steps.follow(fresh)
         work.unjudged()  # what the old optimizer's state was cannot be put back into a new one
         work.windows.follow(work.patcher.spec, work.patcher.layout)
-        if self._hooks:
-            self._hook()
+        if self._hooks.are_set:
+            self._hooks.set()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -216,8 +215,7 @@ class Handle:
             return
         self._closed = True
         atexit.unregister(self.close)
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
         for optimizer in work.patcher.optimizers:
             if _attached.get(optimizer) is self:
                 del _attached[optimizer]
@@ -236,18 +234,6 @@ class Handle:
     ) -> None:
         self.close()
 
-    # -------------------------------------------------------------- the hook
-
-    @property
-    def _asleep(self) -> bool:
-        """Whether steps are not even looked at."""
-        work = self._nowcasting
-        return self._closed or work.steps.foreign or (self.mode == "off" and work.patcher.average is None)
-
-    @property
-    def _idle(self) -> bool:
-        return self._closed or self.mode == "off" or self._nowcasting.steps.foreign
-
     def _replace(self) -> None:
         """Close what is attached to the same optimizers: a cell run twice, a training begun again."""
         optimizers = self._nowcasting.patcher.optimizers
@@ -259,52 +245,3 @@ class Handle:
                     handle._transport = None  # ours now
                 handle.close()
         _attached.update(dict.fromkeys(optimizers, self))
-
-    def _hook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for optimizer in self._nowcasting.patcher.optimizers:
-            self._hooks += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_load_state_dict_post_hook(self._state_loaded),
-            ]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._asleep:
-            return
-        work = self._nowcasting
-        with work.report.timed("before_step"):
-            if self._idle:
-                work.steps.begin(optimizer)
-                return
-            if work.windows.ring is not None:
-                work.windows.ring.hold_writes()
-            if work.steps.begin(optimizer):
-                work.look()
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._asleep and self._nowcasting.steps.end(optimizer):
-            # A patch in the middle of a backward pass would change weights that pass still needs.
-            after_backward(lambda: self._stepped(optimizer))
-
-    def _stepped(self, optimizer: Optimizer) -> None:
-        work = self._nowcasting
-        with work.report.timed("hook"):
-            if work.steps.count(optimizer):
-                if work.patcher.average is not None:
-                    work.patcher.average.update()
-                if self._idle:
-                    return
-                tell_people(work)
-                work.steps.due = True
-                if work.cadence.acts == "after_step":
-                    work.steps.due = False
-                    work.agreement.advance()
-            work.patcher.watch.mark(work.patcher.layout)
-
-    def _state_loaded(self, optimizer: Optimizer) -> None:
-        if not self._idle and self._nowcasting.patcher.watch.marked:
-            with self._nowcasting.report.timed("hook"):
-                self._nowcasting.jumped("an optimizer's state was loaded")

@@ -32,7 +32,7 @@ class LossReader:
             loss = loss.detach()
             host = torch.empty((), dtype=loss.dtype, pin_memory=True)
             host.copy_(loss.reshape(()), non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record()
             self._waiting.append((step, host, event))
         else:
@@ -45,7 +45,7 @@ class LossReader:
     def _drain(self, *, block: bool) -> None:
         while self._waiting:
             step, value, event = self._waiting[0]
-            if not block and (event is None or not event.query()):  # type: ignore[no-untyped-call]
+            if not block and (event is None or not event.query()):
                 return
             if event is not None:
                 event.synchronize()

@@ -86,14 +86,13 @@ class Ring:
             made = torch.empty(p.shape, dtype=wire_dtype or p.dtype, device="cpu", pin_memory=pinned)
             return made if pinned else made.zero_()  # ordinary memory is really there once it has been written to
 
-        self._make = lambda: {name: buffer(p) for name, p in layout.parameters.items()}
+        def make() -> dict[str, Tensor]:
+            return {name: buffer(p) for name, p in layout.parameters.items()}
+
+        self._make = make
         self._slots = [Slot({}) for _ in range(slots)]  # buffers are made when they are first needed
         self.snapshot_bytes = sum(p.numel() * (wire_dtype or p.dtype).itemsize for p in layout.parameters.values())
-        self._streams = {
-            p.device: torch.cuda.Stream(p.device)  # type: ignore[no-untyped-call]
-            for p in layout.parameters.values()
-            if p.is_cuda
-        }
+        self._streams = {p.device: torch.cuda.Stream(p.device) for p in layout.parameters.values() if p.is_cuda}
         self._pending: list[torch.cuda.Event] = []
 
     @property
@@ -155,7 +154,7 @@ class Ring:
                             source = parameter.detach().to(slot.buffers[name].dtype)
                             slot.buffers[name].copy_(source, non_blocking=True)
                             source.record_stream(stream)
-                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    event = torch.cuda.Event()
                     event.record(stream)
                     slot.copied.append(event)
                     self._pending.append(event)

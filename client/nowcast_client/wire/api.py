@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from nowcast_proto.arrays import float32_of, frame_of
@@ -25,6 +26,7 @@ from nowcast_proto.messages import (
     NowcastRequest,
     Reply,
     WireDType,
+    explain,
     read_json,
     read_message,
 )
@@ -41,6 +43,7 @@ from nowcast_proto.version import (
     ROUTE_STATUS,
     ROUTE_TRAININGS,
 )
+from pydantic import ValidationError
 
 from nowcast_client.errors import BadReply
 from nowcast_client.wire.http import AsyncHttpTransport, HttpTransport
@@ -96,39 +99,62 @@ def _array(value: Any) -> np.ndarray[Any, np.dtype[Any]]:
     return np.asarray(value)
 
 
-def _encoder(
-    spec: ArchitectureSpec,
-    snapshots: Sequence[Snapshot],
-    k: int,
-    *,
-    predictor: str | None,
-    checkpoint: str | None,
-    reply: Reply,
-    wire_dtype: WireDType,
-    reply_dtype: WireDType,
-    update_scale: float,
-    deadline: float,
-) -> Encoder:
-    message = NowcastRequest(
-        spec=spec,
-        k=k,
-        predictor=predictor,
-        checkpoint=checkpoint,
-        reply=reply,
-        reply_dtype=reply_dtype,
-        update_scale=update_scale,
-        deadline=deadline,
-    )
-    frames = _frames(spec, snapshots, wire_dtype)
-    seal(frames, os.cpu_count() or 1)
-    return Encoder(NowcastRequest.KIND, message, frames)
+class Asked(TypedDict, total=False):
+    """How a nowcast is asked for, beside what from and how far.
+
+    Attributes:
+        predictor: The service's predictor; left out or None takes what the checkpoint is for.
+        checkpoint: Name of a checkpoint; left out or None takes the default.
+        reply: The future ``parameters``, as by default, or the ``delta`` from the newest snapshot to them.
+        wire_dtype: What the snapshots travel as; float32 by default.
+        reply_dtype: What the answer travels as; float32 by default.
+        update_scale: Factor on the predicted change; 1 by default.
+        deadline: Seconds the whole call may take; 600 by default.
+    """
+
+    predictor: str | None
+    checkpoint: str | None
+    reply: Reply
+    wire_dtype: WireDType
+    reply_dtype: WireDType
+    update_scale: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A one-shot request, and what its answer must be."""
+
+    request: NowcastRequest
+    seconds: float
+    body: Encoder
+
+    @classmethod
+    def of(cls, spec: ArchitectureSpec, snapshots: Sequence[Snapshot], k: int, asked: Asked) -> _Question:
+        seconds = asked.get("deadline", 600.0)
+        told = {"spec": spec, "k": k, **asked, "deadline": seconds}
+        told.pop("wire_dtype", None)
+        try:
+            request = NowcastRequest.model_validate(told)
+        except ValidationError as exc:
+            raise explain(exc, what="this nowcast") from exc
+        frames = _frames(spec, snapshots, asked.get("wire_dtype", "float32"))
+        seal(frames, os.cpu_count() or 1)
+        return cls(request, seconds, Encoder(NowcastRequest.KIND, request, frames))
+
+    def sent(self) -> Request:
+        """What is sent, as often as it is tried."""
+        headers = {"Content-Type": MEDIA_TYPE, "Accept": MEDIA_TYPE}
+        return Request(
+            "POST", ROUTE_NOWCAST_V1, headers, lambda: self.body.chunks(0, WRITE_BYTES), self.body.content_length
+        )
 
 
 class _Answer:
     """Takes the reply of a one-shot nowcast as it arrives."""
 
-    def __init__(self, spec: ArchitectureSpec, k: int, reply: Reply) -> None:
-        self._spec, self._k, self._reply = spec, k, reply
+    def __init__(self, request: NowcastRequest) -> None:
+        self._request = request
         self._decoder = Decoder()
         self._status = 200
         self._headers: Mapping[str, str] = {}
@@ -155,9 +181,9 @@ class _Answer:
         header: Header = self._decoder.finish()
         message = read_message(NowcastReplyHeader, header)
         got = (message.k, message.reply, message.spec_digest)
-        wanted = (self._k, self._reply, self._spec.digest())
+        wanted = (self._request.k, self._request.reply, self._request.spec.digest())
         listed = [(entry.name, entry.shape) for entry in header.tensors]
-        if got != wanted or listed != [(p.name, p.shape) for p in self._spec.parameters]:
+        if got != wanted or listed != [(p.name, p.shape) for p in self._request.spec.parameters]:
             raise MalformedFrame("the reply answers another request", expected=f"horizon, kind and spec {wanted}")
         return self._decoder.frames
 
@@ -203,14 +229,7 @@ class NowcastClient:
         spec: ArchitectureSpec,
         snapshots: Sequence[Snapshot],
         k: int,
-        *,
-        predictor: str | None = None,
-        checkpoint: str | None = None,
-        reply: Reply = "parameters",
-        wire_dtype: WireDType = "float32",
-        reply_dtype: WireDType = "float32",
-        update_scale: float = 1.0,
-        deadline: float = 600.0,
+        **asked: Unpack[Asked],
     ) -> dict[str, Any]:
         """Predict future parameters.
 
@@ -218,13 +237,7 @@ class NowcastClient:
             spec: Names and shapes of the network, and its family.
             snapshots: Oldest first, each name -> array; as many as the checkpoint reads (five).
             k: Horizon, in strides between the snapshots.
-            predictor: The service's predictor; None takes what the checkpoint is for.
-            checkpoint: Name of a checkpoint; None takes the default.
-            reply: The future ``parameters``, or the ``delta`` from the newest snapshot to them.
-            wire_dtype: What the snapshots travel as.
-            reply_dtype: What the answer travels as.
-            update_scale: Factor on the predicted change.
-            deadline: Seconds the whole call may take.
+            **asked: See `Asked`.
 
         Returns:
             Name -> float32 array, torch tensors where the snapshots were.
@@ -232,21 +245,10 @@ class NowcastClient:
         Raises:
             NowcastError: Refused, failed, unreachable, or too late.
         """
-        encoder = _encoder(
-            spec,
-            snapshots,
-            k,
-            predictor=predictor,
-            checkpoint=checkpoint,
-            reply=reply,
-            wire_dtype=wire_dtype,
-            reply_dtype=reply_dtype,
-            update_scale=update_scale,
-            deadline=deadline,
-        )
+        question = _Question.of(spec, snapshots, k, asked)
 
         def read(got: HttpReply) -> list[TensorFrame]:
-            answer = _Answer(spec, k, reply)
+            answer = _Answer(question.request)
             take = answer.begin(got.status, got.headers)
             for chunk in got.chunks:
                 take(chunk)
@@ -254,11 +256,11 @@ class NowcastClient:
 
         frames = call(
             self._transport,
-            _stream_request(encoder),
+            question.sent(),
             read,
             # The service answers when it is done: silence until the deadline is not yet a fault.
-            timeout=deadline,
-            deadline=time.monotonic() + deadline,
+            timeout=question.seconds,
+            deadline=time.monotonic() + question.seconds,
             retry=self._retry,
             final=NOT_AGAIN,
         )
@@ -311,16 +313,6 @@ class NowcastClient:
         self.close()
 
 
-def _stream_request(encoder: Encoder) -> Request:
-    return Request(
-        "POST",
-        ROUTE_NOWCAST_V1,
-        {"Content-Type": MEDIA_TYPE, "Accept": MEDIA_TYPE},
-        lambda: encoder.chunks(0, WRITE_BYTES),
-        encoder.content_length,
-    )
-
-
 class AsyncNowcastClient:
     """The same for asyncio; arguments as in `NowcastClient`."""
 
@@ -342,36 +334,17 @@ class AsyncNowcastClient:
         spec: ArchitectureSpec,
         snapshots: Sequence[Snapshot],
         k: int,
-        *,
-        predictor: str | None = None,
-        checkpoint: str | None = None,
-        reply: Reply = "parameters",
-        wire_dtype: WireDType = "float32",
-        reply_dtype: WireDType = "float32",
-        update_scale: float = 1.0,
-        deadline: float = 600.0,
+        **asked: Unpack[Asked],
     ) -> dict[str, Any]:
         """See `NowcastClient.nowcast`. Snapshots are digested in a worker thread."""
-        encoder = await asyncio.to_thread(
-            _encoder,
-            spec,
-            snapshots,
-            k,
-            predictor=predictor,
-            checkpoint=checkpoint,
-            reply=reply,
-            wire_dtype=wire_dtype,
-            reply_dtype=reply_dtype,
-            update_scale=update_scale,
-            deadline=deadline,
-        )
+        question = await asyncio.to_thread(_Question.of, spec, snapshots, k, asked)
 
         async def once() -> list[TensorFrame]:
-            answer = _Answer(spec, k, reply)
-            await self._transport.call(_stream_request(encoder), timeout=deadline, feed=answer.begin)
+            answer = _Answer(question.request)
+            await self._transport.call(question.sent(), timeout=question.seconds, feed=answer.begin)
             return answer.result()
 
-        frames = await self._tried(once, deadline, NOT_AGAIN)
+        frames = await self._tried(once, question.seconds, NOT_AGAIN)
         return _tensors(frames, snapshots[-1])
 
     async def models(self) -> ModelsReply:

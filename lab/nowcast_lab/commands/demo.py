@@ -88,9 +88,12 @@ def demo(
         with Server(out, **settings) as server:
             run(nowcast, {**common, "mode": "on", "url": server.url}, out, shown.update)
             accident = Accident(server, alone.about["steps"] // 2, shown.say)
-            run(
-                killed, {**common, "mode": "on", "url": server.url}, out, lambda t: (shown.update(t), accident.watch(t))
-            )
+
+            def show(training: Training) -> None:
+                shown.update(training)
+                accident.watch(training)
+
+            run(killed, {**common, "mode": "on", "url": server.url}, out, show)
             accident.over()
     picture = (out / "loss.png").resolve()
     (out / "results.json").write_text(json.dumps(report.numbers(trainings), indent=1) + "\n")

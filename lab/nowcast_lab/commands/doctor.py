@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from nowcast_lab.commands.status import Key, Url, address
+from nowcast_lab.commands.status import Key, Url
 
 if TYPE_CHECKING:
     from nowcast_client import NowcastClient
@@ -42,11 +42,12 @@ def doctor(url: Url = None, key: Key = None) -> None:
 
     Exit status 0 where all is well, 1 where something keeps nowcasts from working.
     """
+    from nowcast_client.wire.address import given_url
     from rich.console import Console
 
     console, bad = Console(highlight=False), 0
     colours: dict[Mark, str] = {"ok": "green", "note": "yellow", "bad": "red"}
-    for finding in _findings(address(url), key):
+    for finding in _findings(given_url(url), key):
         bad += finding.mark == "bad"
         console.print(f"[{colours[finding.mark]}]{finding.mark:>4}[/]  [bold]{finding.what}[/]  {finding.told}")
     if bad:

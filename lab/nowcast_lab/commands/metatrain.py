@@ -46,21 +46,22 @@ def collect(
     from nowcast_lab.metatrain.errors import InvalidRecipe
     from nowcast_lab.metatrain.imports import import_snapshots
     from nowcast_lab.metatrain.recipes import read_recipe
-    from nowcast_lab.metatrain.store import TrajectoryStore
+    from nowcast_lab.metatrain.store import Precision, TrajectoryStore
 
     if threads:
         torch.set_num_threads(threads)
     if precision not in ("float32", "float16"):
         raise InvalidRecipe(f"--precision {precision} is unknown", expected="float32 or float16")
+    kept: Precision = "float16" if precision == "float16" else "float32"
     store = TrajectoryStore(out, budget=int(disk_budget * 1e9), create=True)
     if from_snapshots:
         if spec is None or every is None:
             raise InvalidRecipe("--from-snapshots needs --spec and --every", expected="SPEC.json and a step count")
-        new = import_snapshots(store, from_snapshots, spec, every=every, precision=precision)
+        new = import_snapshots(store, from_snapshots, spec, every=every, precision=kept)
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            new = run(read_recipe(recipe), store, data=data, device=device, precision=precision, progress=progress)
+            new = run(read_recipe(recipe), store, data=data, device=device, precision=kept, progress=progress)
     trajectories = sum(len(shard.trainings) for shard in store)
     console.print(
         f"{len(new)} new shards; {len(store)} shards, {trajectories} trajectories, {store.bytes_used:,} bytes"

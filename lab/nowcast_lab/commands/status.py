@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +12,10 @@ if TYPE_CHECKING:
     from nowcast_proto.trainings import StatusReply, TrainingRow, TrainingsReply
     from rich.console import RenderableType
 
-DEFAULT_URL = "http://127.0.0.1:8500"
 _BARS = "▁▂▃▄▅▆▇█"
 Url = Annotated[
     str | None,
-    typer.Argument(help=f"The service; NOWCAST_URL, then {DEFAULT_URL}, where it is left out.", metavar="[URL]"),
+    typer.Argument(help="The service; NOWCAST_URL, then port 8500 here, where it is left out.", metavar="[URL]"),
 ]
 Key = Annotated[
     str | None, typer.Option("--key", envvar="NOWCAST_API_KEY", help="API key.", show_envvar=True, metavar="KEY")
@@ -27,11 +25,6 @@ Key = Annotated[
 def register(root: typer.Typer) -> None:
     """Add the subcommand to the command line."""
     root.command()(status)
-
-
-def address(url: str | None) -> str:
-    """The service that is meant."""
-    return url or os.environ.get("NOWCAST_URL") or DEFAULT_URL
 
 
 def status(
@@ -47,7 +40,7 @@ def status(
     from rich.live import Live
     from rich.text import Text
 
-    with NowcastClient(address(url), api_key=key) as client:
+    with NowcastClient(url, api_key=key) as client:
         if as_json:
             health, found = client.status(), client.trainings()
             typer.echo(json.dumps({"service": health.model_dump(mode="json"), **found.model_dump(mode="json")}))

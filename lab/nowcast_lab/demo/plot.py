@@ -28,8 +28,17 @@ def draw(trainings: list[Training], path: Path) -> None:
         trainings: The one alone first.
         path: PNG to write.
     """
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with plt.rc_context({**style, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True}):
+    with plt.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e6e6e6",
+            "grid.linewidth": 0.6,
+        }
+    ):
         figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout="constrained")
         _curves(by_step, trainings, "step")
         _curves(by_time, trainings, "seconds")

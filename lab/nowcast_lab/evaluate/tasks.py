@@ -57,6 +57,17 @@ def _conv(*widths: int, size: int, norm: bool = False) -> Arch:
     return Arch(kind="convnet", widths=widths, size=size, norm=norm)
 
 
+def _digits(name: str, width: int) -> Task:
+    arch = Arch(kind="mlp", widths=(width, width), channels=1, size=8)
+    return Task(
+        name=name, arch=arch, source="digits", batch=32, steps=600, metric="loss", eval_every=20, eval_items=297
+    )
+
+
+def _code(name: str, arch: Arch) -> Task:
+    return Task(name=name, arch=arch, source="stdlib:bytes", batch=16, metric="loss", eval_items=64)
+
+
 _TASKS = (
     # For choosing among checkpoints and settings; never reported as a result.
     Task(name="choose-conv", arch=_conv(14, 28, 28, size=16), source="cifar10@16", batch=64, steps=1000),
@@ -70,16 +81,7 @@ _TASKS = (
         eval_items=64,
     ),
     Task(name="choose-full", arch=_conv(14, 28, 28, size=32), source="cifar10@32", steps=2000, eval_every=100),
-    Task(
-        name="choose-mlp",
-        arch=Arch(kind="mlp", widths=(40, 40), channels=1, size=8),
-        source="digits",
-        batch=32,
-        steps=600,
-        eval_every=20,
-        eval_items=297,
-        metric="loss",
-    ),
+    _digits("choose-mlp", 40),
     # The paper's protocol and its larger network; minutes per run on a GPU, hours on a core.
     Task(
         name="c10-16",
@@ -103,33 +105,10 @@ _TASKS = (
     Task(name="half-16", arch=_conv(16, 32, 32, size=16), source="cifar10@16", batch=64),
     Task(name="half-24", arch=_conv(24, 48, 48, size=16), source="cifar10@16", batch=64),
     Task(name="half-16-bn", arch=_conv(16, 32, 32, size=16, norm=True), source="cifar10@16", batch=64),
-    Task(
-        name="digits-mlp",
-        arch=Arch(kind="mlp", widths=(48, 48), channels=1, size=8),
-        source="digits",
-        batch=32,
-        steps=600,
-        eval_every=20,
-        eval_items=297,
-        metric="loss",
-    ),
+    _digits("digits-mlp", 48),
     Task(name="vit", arch=Arch(kind="vit", dim=32, layers=2, heads=4, size=16, patch=4), source="cifar10@16", batch=64),
-    Task(
-        name="gpt2-code",
-        arch=Arch(kind="gpt2", dim=48, layers=2, heads=4, context=64),
-        source="stdlib:bytes",
-        batch=16,
-        metric="loss",
-        eval_items=64,
-    ),
-    Task(
-        name="llama-code",
-        arch=Arch(kind="llama", dim=32, layers=3, heads=4, kv_heads=2, context=64),
-        source="stdlib:bytes",
-        batch=16,
-        metric="loss",
-        eval_items=64,
-    ),
+    _code("gpt2-code", Arch(kind="gpt2", dim=48, layers=2, heads=4, context=64)),
+    _code("llama-code", Arch(kind="llama", dim=32, layers=3, heads=4, kv_heads=2, context=64)),
 )
 
 TASKS = {task.name: task for task in _TASKS}

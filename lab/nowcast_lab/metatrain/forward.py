@@ -7,13 +7,14 @@ CPU than a batch of explicit graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from nowcast_proto.errors import InvalidCheckpoint
 from nowcast_service.nino.config import NiNoConfig
-from nowcast_service.nino.model import NiNoTwin
-from torch import Tensor
+from nowcast_service.nino.model import MLP, EdgeUpdate, ModulatedConv, NiNoTwin
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nowcast_lab.metatrain.graphs import TrainingGraph
@@ -43,6 +44,15 @@ def check_trainable(config: NiNoConfig) -> None:
         )
 
 
+def linear_in(network: MLP, place: int) -> nn.Linear:
+    """One linear map of a network."""
+    return cast("nn.Linear", network.fc[place])
+
+
+def _first(towers: nn.ModuleList) -> nn.Linear:
+    return cast("nn.Linear", cast("nn.Sequential", towers[0])[0])
+
+
 def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tensor, ks: Sequence[int]) -> list[Tensor]:
     """Predicted displacement of every edge from the newest snapshot, scaled.
 
@@ -59,7 +69,8 @@ def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tens
     network, config = twin.gnn, twin.config
     act = network.act
     x = twin.node_proj(encoding[:, : config.lpe]).unsqueeze(1)  # (nodes, 1, d): equal for all slices so far
-    weight, bias = twin.edge_proj.fc[0].weight, twin.edge_proj.fc[0].bias
+    enter = linear_in(twin.edge_proj, 0)
+    weight, bias = enter.weight, enter.bias
     types = twin.layer_embed.weight + bias  # (edge types, d)
     hidden: list[Tensor] = [
         # column 5 * position + snapshot: positions in order, snapshots within
@@ -67,7 +78,8 @@ def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tens
         for group in graph.groups
     ]
     first = True
-    for conv, update in zip(network.convs, network.edge_update, strict=False):
+    layers = cast("Iterator[tuple[ModulatedConv, EdgeUpdate]]", zip(network.convs, network.edge_update, strict=False))
+    for conv, update in layers:
         # What every edge needs of its vector e: scale and shift of the message, and its part of the next edge update.
         # e is an affine function of `hidden`, so the maps fuse: M e + m = (M W) hidden + (M w + m).
         maps = torch.cat((conv.edge_encoder.weight, update.lin_e.weight))  # (3 d, d)
@@ -77,8 +89,9 @@ def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tens
             constants = linear(types, maps, offsets)  # (edge types, 3 d)
         else:
             constants = linear(bias, maps, offsets)  # (3 d,)
-        for_target, for_source = conv.pre_nns[0][0].weight.chunk(2, 1)
-        at_target = linear(x, for_target, conv.pre_nns[0][0].bias)
+        before, after = _first(conv.pre_nns), _first(conv.post_nns)
+        for_target, for_source = before.weight.chunk(2, 1)
+        at_target = linear(x, for_target, before.bias)
         at_source = linear(x, for_source)
         total: Tensor | None = None
         parts: list[Tensor] = []
@@ -94,7 +107,7 @@ def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tens
         if total is None:
             raise InvalidCheckpoint("the graph has no edges")
         mean = total / graph.in_degree
-        updated = conv.post_nns[0][0](torch.cat((x.expand_as(mean), mean), -1))
+        updated = after(torch.cat((x.expand_as(mean), mean), -1))
         x = act(conv.lin(updated))  # (nodes, slices, d)
         to_source, to_target = update.lin_s(x), update.lin_t(x)
         hidden = [
@@ -103,7 +116,7 @@ def forward(twin: NiNoTwin, graph: TrainingGraph, inputs: Tensor, encoding: Tens
         ]
         weight, bias = update.lin1.weight, update.lin1.bias
         first = False
-    enter, leave = twin.edge_out.fc[0], twin.edge_out.fc[2]
+    enter, leave = linear_in(twin.edge_out, 0), linear_in(twin.edge_out, 2)
     enter_weight = enter.weight @ weight
     enter_bias = linear(bias, enter.weight, enter.bias)
     steps = torch.tensor([k - 1 for k in ks], device=inputs.device)

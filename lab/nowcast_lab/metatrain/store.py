@@ -206,7 +206,8 @@ class TrajectoryStore:
             raise InvalidTrajectories(f"shard {path} cannot be read: {exc}") from exc
         if array.shape != expected:
             raise InvalidTrajectories(f"shard {path} has shape {array.shape}", expected=f"{expected}")
-        return array
+        found: np.memmap[Any, Any] = array
+        return found
 
     def verify(self) -> None:
         """Compare every shard with its digest.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nowcast_lab.metatrain.errors import InvalidTrajectories
-from nowcast_lab.metatrain.forward import check_trainable, forward
+from nowcast_lab.metatrain.forward import check_trainable, forward, linear_in
 from nowcast_lab.metatrain.sampler import Item, Sampler, SamplerConfig
 from nowcast_lab.metatrain.store import TrajectoryStore
 from nowcast_lab.metatrain.vector import learning_rate
@@ -96,8 +96,8 @@ def initial_network(config: TrainConfig) -> NiNoTwin:
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.5)
         # Entries of a unit eigenvector over some hundred nodes are about 0.1: bring them to the size of the rest.
-        twin.node_proj.fc[0].weight.mul_(5)
-        twin.edge_out.fc[2].weight.mul_(0.05)
+        linear_in(twin.node_proj, 0).weight.mul_(5)
+        linear_in(twin.edge_out, 2).weight.mul_(0.05)
     return twin
 
 

@@ -84,16 +84,13 @@ class Arch(BaseModel):
         """The spec the neural graph is built from."""
         with torch.device("meta"):
             named = dict(self.build().named_parameters())
-        heads: dict[str, int] = {}
-        if self.kind in ("gpt2", "llama", "vit"):
-            heads["num_heads"] = self.heads
-        if self.kind == "llama" and self.kv_heads is not None:
-            heads["num_kv_heads"] = self.kv_heads
+        attends = self.kind in ("gpt2", "llama", "vit")
         return ArchitectureSpec(
             family="sequential" if self.kind in ("convnet", "mlp") else self.kind,
             parameters=tuple(ParameterSpec(name=name, shape=tuple(p.shape)) for name, p in named.items()),
             ties={"lm_head.weight": "transformer.wte.weight"} if self.kind == "gpt2" else {},
-            **heads,
+            num_heads=self.heads if attends else None,
+            num_kv_heads=self.kv_heads if self.kind == "llama" else None,
         )
 
 
@@ -123,8 +120,8 @@ class ConvNet(nn.Module):
         layers: list[nn.Module] = []
         fan_in = arch.channels
         for i, width in enumerate(arch.widths):
-            first: dict[str, int | str] = {"stride": 2} if i == 0 else {"padding": 1}
-            layers.append(nn.Conv2d(fan_in, width, 3, bias=not arch.norm, **first))
+            stride, padding = (2, 0) if i == 0 else (1, 1)
+            layers.append(nn.Conv2d(fan_in, width, 3, stride, padding, bias=not arch.norm))
             if arch.norm:
                 layers.append(nn.BatchNorm2d(width, track_running_stats=running_stats))
             layers.append(nn.ReLU())
@@ -133,7 +130,8 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, size, size) -> (batch, classes)."""
-        return self.fc(x)
+        out: Tensor = self.fc(x)
+        return out
 
 
 class MLP(nn.Module):
@@ -150,7 +148,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, size, size) -> (batch, classes)."""
-        return self.fc(x)
+        out: Tensor = self.fc(x)
+        return out
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool) -> Tensor:
@@ -184,7 +183,8 @@ class _GPT2Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.c_attn(x).chunk(3, -1)
-        return self.c_proj(_attention(q, k, v, self.heads, causal=True))
+        out: Tensor = self.c_proj(_attention(q, k, v, self.heads, causal=True))
+        return out
 
 
 class _GPT2MLP(nn.Module):
@@ -194,7 +194,8 @@ class _GPT2MLP(nn.Module):
         self.c_proj = _Conv1D(4 * arch.dim, arch.dim, 0.02 / math.sqrt(2 * arch.layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(gelu(self.c_fc(x), approximate="tanh"))
+        out: Tensor = self.c_proj(gelu(self.c_fc(x), approximate="tanh"))
+        return out
 
 
 class _GPT2Block(nn.Module):
@@ -206,8 +207,9 @@ class _GPT2Block(nn.Module):
         self.mlp = _GPT2MLP(arch)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        mixed = x + self.attn(self.ln_1(x))
+        out: Tensor = mixed + self.mlp(self.ln_2(mixed))
+        return out
 
 
 class _GPT2Trunk(nn.Module):
@@ -224,7 +226,8 @@ class _GPT2Trunk(nn.Module):
         x = self.wte(ids) + self.wpe.weight[: ids.shape[-1]]
         for block in self.h:
             x = block(x)
-        return self.ln_f(x)
+        out: Tensor = self.ln_f(x)
+        return out
 
 
 class GPT2(nn.Module):
@@ -236,7 +239,8 @@ class GPT2(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(batch, tokens) int64 -> (batch, tokens, vocabulary)."""
-        return self.transformer(ids) @ self.transformer.wte.weight.T
+        out: Tensor = self.transformer(ids) @ self.transformer.wte.weight.T
+        return out
 
 
 class _RMSNorm(nn.Module):
@@ -278,7 +282,8 @@ class _LlamaAttention(nn.Module):
         q = _rotate(self.q_proj(x), self.heads)
         k = _rotate(self.k_proj(x), self.kv_heads)
         mixed = _attention(q, self._repeat(k), self._repeat(self.v_proj(x)), self.heads, causal=True)
-        return self.o_proj(mixed)
+        out: Tensor = self.o_proj(mixed)
+        return out
 
 
 class _LlamaMLP(nn.Module):
@@ -290,7 +295,8 @@ class _LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, arch.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class _LlamaBlock(nn.Module):
@@ -303,7 +309,8 @@ class _LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class _LlamaTrunk(nn.Module):
@@ -317,7 +324,8 @@ class _LlamaTrunk(nn.Module):
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class Llama(nn.Module):
@@ -333,7 +341,8 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(batch, tokens) int64 -> (batch, tokens, vocabulary)."""
-        return self.lm_head(self.model(ids))
+        out: Tensor = self.lm_head(self.model(ids))
+        return out
 
 
 class _ViTAttention(nn.Module):
@@ -347,7 +356,8 @@ class _ViTAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        return self.out_proj(_attention(q, k, v, self.heads, causal=False))
+        out: Tensor = self.out_proj(_attention(q, k, v, self.heads, causal=False))
+        return out
 
 
 class _ViTBlock(nn.Module):
@@ -363,7 +373,8 @@ class _ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attention(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class _ViTEncoder(nn.Module):
@@ -378,7 +389,8 @@ class _ViTEncoder(nn.Module):
         x = x + self.pos_embedding
         for layer in self.layers.values():
             x = layer(x)
-        return self.ln(x)
+        out: Tensor = self.ln(x)
+        return out
 
 
 class ViT(nn.Module):
@@ -395,4 +407,5 @@ class ViT(nn.Module):
         """(batch, channels, size, size) -> (batch, classes)."""
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # (b, patches, dim)
         tokens = torch.cat((self.class_token.expand(len(x), -1, -1), patches), 1)
-        return self.heads["head"](self.encoder(tokens)[:, 0])
+        out: Tensor = self.heads["head"](self.encoder(tokens)[:, 0])
+        return out

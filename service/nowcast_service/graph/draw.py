@@ -179,8 +179,10 @@ def _by_neurons(graph: NeuralGraph, axes: Axes) -> None:
         for r in column:
             xy = spot[r.first : r.first + r.size]
             own = r.name.startswith("#")
-            style = {"marker": "s", "s": 16, "color": "#6b7682"} if own else {"marker": "o", "s": 20, "color": _INK}
-            axes.scatter(xy[:, 0], xy[:, 1], edgecolors="white", linewidths=0.6, zorder=3, **style)
+            marker, size, ink = ("s", 16, "#6b7682") if own else ("o", 20, _INK)
+            axes.scatter(
+                xy[:, 0], xy[:, 1], size, color=ink, marker=marker, edgecolors="white", linewidths=0.6, zorder=3
+            )
             if own:
                 _label(axes, xy[0, 0] - 0.07, xy[0, 1], _tensor_name(r.name), 6.5, "#59636e", ha="right", va="center")
             else:

@@ -34,7 +34,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -56,6 +56,8 @@ if TYPE_CHECKING:  # the process that works on specs does without
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
+_ZeroSum = tuple[NDArray[np.intp], Array, Array]
+"""Cells, eigenvalues and eigenvectors."""
 
 _REVISION = 1
 """Part of the cache key; raise it with any change of the convention."""
@@ -128,11 +130,11 @@ class _Eigenspace:
 
     value: float
     quotient: Array
-    zero_sum: tuple[tuple[Array, Array], ...]
+    zero_sum: tuple[tuple[NDArray[np.intp], Array], ...]
     dimension: int
 
 
-class NormalisedLaplacian(LinearOperator):
+class NormalisedLaplacian(LinearOperator):  # type: ignore[misc]  # scipy has no types
     """L = I - D^(-1/2) A D^(-1/2) of a neural graph, with A the binary undirected adjacency without self-loops.
 
     As a linear operator a product costs O(nodes + pairs of cells).
@@ -164,7 +166,8 @@ class NormalisedLaplacian(LinearOperator):
         for a, b in zip(*pairs.coords, strict=True):
             size = self.sizes[a]
             joined[self.starts[a] : self.starts[a] + size] += scaled[self.starts[b] : self.starts[b] + size]
-        return X - joined * self._scale[self.cell_of, None]
+        product: Array = X - joined * self._scale[self.cell_of, None]
+        return product
 
     def _matvec(self, x: Array) -> Array:
         return self._matmat(x.reshape(-1, 1))
@@ -196,12 +199,12 @@ class NormalisedLaplacian(LinearOperator):
         loops = coo_array((self._loops * self._scale**2, (np.arange(len(root)),) * 2), shape=dense.shape)
         return csc_array(identity(len(root)) - dense - diagonal + loops)
 
-    def _zero_sum(self, n: int) -> list[tuple[Array, Array, Array]]:
+    def _zero_sum(self, n: int) -> list[_ZeroSum]:
         """Cells, eigenvalues and eigenvectors of every set of cells joined by diagonals, for vectors of zero sum."""
         count, label = connected_components(self._diagonal, directed=False)
         order = np.argsort(label, kind="stable")
         bounds = np.searchsorted(label[order], np.arange(count + 1))
-        sets = []
+        sets: list[_ZeroSum] = []
         for first, last in pairwise(bounds):
             cells = order[first:last]
             if self.sizes[cells[0]] < 2:
@@ -213,7 +216,7 @@ class NormalisedLaplacian(LinearOperator):
                 continue
             joined = self._diagonal[cells][:, cells].multiply(scale[:, None]).multiply(scale[None])
             matrix = csc_array(diags_array(own) - joined)
-            sets.append((cells, *smallest(matrix, n, lambda index, cells=cells: start_vector(len(cells), index))))
+            sets.append((cells, *smallest(matrix, n, partial(start_vector, len(cells)))))
         return sets
 
     def _eigenspaces(self, n: int) -> list[_Eigenspace]:
@@ -231,7 +234,7 @@ class NormalisedLaplacian(LinearOperator):
                 break
         return needed
 
-    def _merge(self, values: Array, vectors: Array, sets: list[tuple[Array, Array, Array]]) -> list[_Eigenspace]:
+    def _merge(self, values: Array, vectors: Array, sets: list[_ZeroSum]) -> list[_Eigenspace]:
         known = np.sort(np.concatenate([values, *(set_values for _, set_values, _ in sets)]))
         first = known[np.concatenate([[True], np.diff(known) > EQUAL])]
         spaces = []

@@ -133,7 +133,7 @@ def scatter(graph: NeuralGraph, values: Tensor) -> dict[str, Tensor]:
             edges.setdefault(view.parameter, []).append(part.reshape(-1, *trailing))
         row += block.n_edges
     tensors = {}
-    for name, where in index.items():
-        order = torch.argsort(torch.cat(where))
+    for name, rows in index.items():
+        order = torch.argsort(torch.cat(rows))
         tensors[name] = torch.cat(edges[name])[order].reshape(*shapes[name], *trailing)
     return tensors

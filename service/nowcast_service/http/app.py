@@ -113,8 +113,8 @@ class Gate:
             scope["nowcast_error"] = InternalError.code
             if status:
                 raise  # the answer has begun: only cutting the connection tells the peer
-            error = InternalError("the request failed inside the service", remedy="see its log")
-            await error_response(error)(scope, receive, watched)
+            failed = InternalError("the request failed inside the service", remedy="see its log")
+            await error_response(failed)(scope, receive, watched)
         finally:
             self._note(scope, method, status, time.monotonic() - began)
 

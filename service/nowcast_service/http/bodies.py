@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -33,8 +33,10 @@ _PARSED = 24
 """Bytes that parsing one byte of JSON takes, as objects of Python and of the message."""
 _AT_ONCE = 256
 _VALUES = 20_000
-_LISTS = {"parameters": (TypeAdapter(tuple[ParameterSpec, ...]), MAX_PARAMETERS)}
-_GRAPH_LISTS = {
+_LISTS: Mapping[str, tuple[TypeAdapter[Any], int]] = {
+    "parameters": (TypeAdapter(tuple[ParameterSpec, ...]), MAX_PARAMETERS)
+}
+_GRAPH_LISTS: Mapping[str, tuple[TypeAdapter[Any], int]] = {
     "ranges": (TypeAdapter(tuple[WiringRange, ...]), MAX_RANGES),
     "blocks": (TypeAdapter(tuple[WiringBlock, ...]), MAX_BLOCKS),
 }
@@ -54,7 +56,7 @@ def check_media_type(request: Request) -> None:
         raise InvalidRequest(f"the body's Content-Type is {value[:80]!r}", expected=MEDIA_TYPE)
 
 
-async def pieces(request: Request, idle: float) -> AsyncIterator[bytes]:
+async def pieces(request: Request, idle: float) -> AsyncGenerator[bytes, None]:
     """The body as it arrives.
 
     Args:

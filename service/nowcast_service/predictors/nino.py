@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from nowcast_proto.errors import InvalidCheckpoint, InvalidRequest
@@ -18,6 +19,9 @@ from nowcast_service.predictors.base import Check, State, check_count, check_hor
 from nowcast_service.predictors.graphs import Graphs, Needs, check_fit, check_positions
 from nowcast_service.predictors.options import Options
 from nowcast_service.predictors.wnn import TYPES, EdgewiseNetwork, checked, predict_edgewise, segments
+
+if TYPE_CHECKING:
+    from nowcast_service.nino.model import NiNoTwin
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +119,7 @@ class NiNo:
         progress = checked(check, self._progress)
         if self._twin is not None:
             with self._phase("network"):
-                predictions = self._by_twin(graph, history, ks, positions)
+                predictions = self._by_twin(self._twin, graph, history, ks, positions)
         else:
             predictions = self._engine.predict(
                 graph,
@@ -145,16 +149,16 @@ class NiNo:
         return predictions
 
     def _by_twin(
-        self, graph: NeuralGraph, history: History, ks: Sequence[int], positions: Tensor | None
+        self, twin: NiNoTwin, graph: NeuralGraph, history: History, ks: Sequence[int], positions: Tensor | None
     ) -> list[dict[str, Tensor]]:
         from nowcast_service.graph.pyg import scatter, to_pyg
 
         scales = scales_of(history)
         scaled = scale_snapshots(history, scales)
         data = to_pyg(graph, scaled, max_features=graph.features, positions=positions)
-        device = next(self._twin.parameters()).device
+        device = next(twin.parameters()).device
         with torch.inference_mode():
-            out = self._twin(data.to(device), list(ks)).cpu()  # (E, features, horizons)
+            out: Tensor = twin(data.to(device), list(ks)).cpu()  # (E, features, horizons)
         predictions = []
         for number in range(len(ks)):
             prediction = {}

@@ -245,7 +245,11 @@ def _tiles(view: View | None, shape: tuple[int, ...], limit: int) -> Iterator[Ca
         for j in range(0, sizes[1], inner):
             size = (min(outer, sizes[0] - i), min(inner, sizes[1] - j), sizes[2])
             start = offset + i * steps[0] + j * steps[1]
-            yield lambda flat, size=size, start=start: flat.as_strided(size, steps, flat.storage_offset() + start)
+
+            def tile(flat: Tensor, size: tuple[int, ...] = size, start: int = start) -> Tensor:
+                return flat.as_strided(size, steps, flat.storage_offset() + start)
+
+            yield tile
 
 
 def _weight(state: Mapping[str, Tensor], name: str) -> Tensor:

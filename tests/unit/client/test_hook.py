@@ -525,8 +525,7 @@ def test_resume_goes_on_in_the_same_window() -> None:
         "nowcast": first.handle.state_dict(),
     }
     # The first process dies: nobody says goodbye to the service.
-    for hook in first.handle._hooks:
-        hook.remove()
+    first.handle._hooks.remove()
     second = Training(service, trial=False, seed=1)
     second.x, second.y = first.x, first.y
     second.model.load_state_dict(state["model"])

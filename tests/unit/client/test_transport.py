@@ -21,6 +21,7 @@ from nowcast_proto.arrays import frame_of
 from nowcast_proto.errors import (
     Busy,
     DeadlineExceeded,
+    InvalidRequest,
     InvalidSnapshot,
     MalformedFrame,
     NotFound,
@@ -200,6 +201,10 @@ def test_snapshots_that_do_not_fit_the_spec_are_refused_before_sending() -> None
         client.nowcast(SPEC, [{}], 1)
     with pytest.raises(InvalidSnapshot, match=r"shape \[3, 2\]"):
         client.nowcast(SPEC, [{"w": np.zeros((3, 2))}], 1)
+    with pytest.raises(InvalidRequest, match="this nowcast: k: "):
+        client.nowcast(SPEC, [{"w": np.zeros((2, 3))}], 0)
+    with pytest.raises(InvalidRequest, match="scale: "):
+        client.nowcast(SPEC, [{"w": np.zeros((2, 3))}], 1, scale=2.0)  # type: ignore[call-arg]
     assert not transport.requests
 
 

@@ -130,7 +130,7 @@ def train(job: Job, emit: Emit) -> float:
         for step in range(1, steps + 1):
             loss = task.loss(model, task.draw(task.batch, order))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if task.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             handle.observe(loss)
