@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -139,8 +139,7 @@ class Handle:
         if self._hooks.are_set:
             self._hooks.set()
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The model holds its averaged weights inside, for evaluating or saving it, and the live ones afterwards, bit
         for bit and after exceptions too; ``attach(..., average=STEPS)`` keeps the average.
 
@@ -151,15 +150,7 @@ class Handle:
         Raises:
             AttachError: No average is kept.
         """
-        average = self._nowcasting.patcher.average
-        if average is None:
-            raise AttachError(
-                "no average of the weights is kept",
-                expected="attach(..., average=STEPS)",
-                remedy="a fiftieth of the training is a good length",
-            )
-        with average.in_place():
-            yield
+        return self._nowcasting.patcher.averaged()
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until everything handed to the service so far is done; for examples and tests.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from nowcast_proto.errors import NowcastError
 from nowcast_proto.spec import ArchitectureSpec
 from torch import nn
 from torch.optim import Optimizer
 
+from nowcast_client.errors import AttachError
 from nowcast_client.tensors.average import Average
 from nowcast_client.tensors.copies import Copies
 from nowcast_client.tensors.layout import Layout, fingerprint, layout_of, stirring
@@ -64,6 +66,16 @@ class Patcher:
         self._sharded = sharded
         self._derive = derive
         self._fingerprint = fingerprint(model, optimizers)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See `nowcast_client.handle.Handle.averaged`."""
+        if self.average is None:
+            raise AttachError(
+                "no average of the weights is kept",
+                expected="attach(..., average=STEPS)",
+                remedy="a fiftieth of the training is a good length",
+            )
+        return self.average.in_place()
 
     def live(self) -> Layout:
         """The layout as it is now: the same object while nothing about it has changed.
