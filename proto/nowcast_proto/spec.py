@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -109,10 +109,16 @@ class ArchitectureSpec(BaseModel):
         """Key and value heads, falling back to ``num_heads``."""
         return self.num_kv_heads or self.num_heads
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of all parameters together."""
         return sum(p.numel for p in self.parameters)
+
+    @property
+    def entries(self) -> int:
+        """Parameters, ranges and blocks: what the spec's own size goes by."""
+        wiring = (len(self.graph.ranges) + len(self.graph.blocks)) if self.graph is not None else 0
+        return len(self.parameters) + wiring
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, in order."""
@@ -120,8 +126,15 @@ class ArchitectureSpec(BaseModel):
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, absent fields left out. Parameter order is kept, it has meaning."""
-        fields = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        parts = _texts(self, "parameters", "graph")
+        parts["parameters"] = _list(self.parameters)
+        if self.graph is not None:
+            inner = _texts(self.graph, "ranges", "blocks")
+            inner["ranges"] = _list(self.graph.ranges)
+            if self.graph.blocks:
+                inner["blocks"] = _list(self.graph.blocks)
+            parts["graph"] = _object(inner)
+        return _object(parts)
 
     def digest(self) -> str:
         """BLAKE2b-128 of the canonical form, 32 hex digits."""
@@ -134,7 +147,8 @@ class ArchitectureSpec(BaseModel):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's; the copy has a digest of its own."""
         copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("_digest", None)
+        for kept in ("_digest", "numel"):
+            copy.__dict__.pop(kept, None)
         return copy
 
     @property
@@ -177,3 +191,28 @@ class ArchitectureSpec(BaseModel):
         except OSError as exc:
             raise UnreadableFile(f"spec {path} cannot be read: {exc.strerror}", remedy="check the path") from exc
         return cls.parse(text, origin=str(path))
+
+
+# A long spec is written out piece by piece: serialising it in one go would keep the interpreter from all else.
+
+_PIECE = 256
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _texts(model: BaseModel, *but: str) -> dict[str, str]:
+    """Field -> JSON, of those that are not at their defaults."""
+    fields = model.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=set(but))
+    return {name: _text(value) for name, value in fields.items()}
+
+
+def _list(models: Sequence[BaseModel]) -> str:
+    pieces = (models[at : at + _PIECE] for at in range(0, len(models), _PIECE))
+    dumped = ([m.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for m in piece] for piece in pieces)
+    return "[" + ",".join(_text(piece)[1:-1] for piece in dumped) + "]"
+
+
+def _object(parts: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{_text(name)}:{parts[name]}" for name in sorted(parts)) + "}"

@@ -32,15 +32,12 @@ class History:
     snapshots: tuple[Mapping[str, Tensor], ...]
 
     @classmethod
-    def of(
-        cls, spec: ArchitectureSpec, snapshots: Sequence[Mapping[str, Tensor]], *, check_finite: bool = True
-    ) -> History:
+    def of(cls, spec: ArchitectureSpec, snapshots: Sequence[Mapping[str, Tensor]]) -> History:
         """Check snapshots against the spec.
 
         Args:
             spec: Names and shapes every snapshot must have.
             snapshots: Oldest first. Tied aliases may be present and are ignored.
-            check_finite: Also refuse NaN and infinity (one pass over the data).
 
         Raises:
             InvalidSnapshot: A tensor is missing, unknown, of another shape or dtype, or not finite.
@@ -80,7 +77,7 @@ class History:
                         f"{where}: tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}",
                         expected="float32, bfloat16 or float16",
                     )
-                if check_finite and not all_finite(tensor):
+                if not all_finite(tensor):
                     raise InvalidSnapshot(
                         f"{where}: tensor {name!r} has NaN or infinity",
                         expected="finite weights",

@@ -57,7 +57,6 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(where, value):
     spec = type(SPEC).model_validate(shapes)
     with pytest.raises(InvalidSnapshot, match=r"'0.weight' has NaN or infinity"):
         History.of(spec, [{"0.weight": tensor}])
-    assert len(History.of(spec, [{"0.weight": tensor}], check_finite=False)) == 1
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,26 @@ def test_a_changed_copy_has_a_digest_of_its_own():
     assert spec.model_copy().digest() == before
 
 
+def test_a_long_spec_is_written_out_as_a_short_one_is():
+    """The canonical form is made piece by piece; it is that of the whole."""
+    ranges = [{"name": f"r{n}", "size": 1 + n % 2, "fixed": n == 0} for n in range(700)]
+    blocks = [
+        {"type": "other", "parameter": f"p\u00e9{n}", "source": n, "n_sources": 1, "target": n + 1, "n_targets": 1}
+        for n in range(600)
+    ]
+    spec = ArchitectureSpec.model_validate(
+        {
+            "parameters": [{"name": f"p\u00e9{n}", "shape": [1]} for n in range(601)],
+            "num_heads": 2,
+            "ties": {"z": "p\u00e90"},
+            "graph": {"ranges": ranges, "blocks": blocks, "left": {"p\u00e9600": "why not"}},
+        }
+    )
+    for one in (spec, ArchitectureSpec(family="x", parameters=spec.parameters, wiring="faithful")):
+        fields = one.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        assert one.canonical() == json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
 def test_the_digest_is_a_recorded_value():
     """A change here invalidates every cached graph and every session under way."""
     spec = ArchitectureSpec(family="gpt2", parameters=[{"name": "wte.weight", "shape": [3, 2]}], num_heads=1)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
-from nowcast_proto.errors import DeadlineExceeded, InvalidRequest, InvalidSpec, TooLarge
-from nowcast_proto.messages import explain, read_json
-from nowcast_proto.spec import MAX_PARAMETERS, ParameterSpec
+from nowcast_proto.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from nowcast_proto.messages import read_json
 from nowcast_proto.stream import Decoder, Encoder
 from nowcast_proto.tensors import MUCH
 from nowcast_proto.version import MEDIA_TYPE, version_of_media_type
-from nowcast_proto.wiring import MAX_BLOCKS, MAX_RANGES, WiringBlock, WiringRange
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from nowcast_service.http.long_messages import of_json
 from nowcast_service.runtime.service import Service
 
 LEAST_RATE = 4096
@@ -31,15 +29,6 @@ _SHORT = 1 << 15
 """Bytes of JSON that are parsed where they are: that takes a few milliseconds."""
 _PARSED = 24
 """Bytes that parsing one byte of JSON takes, as objects of Python and of the message."""
-_AT_ONCE = 256
-_VALUES = 20_000
-_LISTS: Mapping[str, tuple[TypeAdapter[Any], int]] = {
-    "parameters": (TypeAdapter(tuple[ParameterSpec, ...]), MAX_PARAMETERS)
-}
-_GRAPH_LISTS: Mapping[str, tuple[TypeAdapter[Any], int]] = {
-    "ranges": (TypeAdapter(tuple[WiringRange, ...]), MAX_RANGES),
-    "blocks": (TypeAdapter(tuple[WiringBlock, ...]), MAX_BLOCKS),
-}
 _BATCH = 1 << 19
 """Bytes checked per trip to a thread: enough to make the trip cheap, little enough to keep memory flat."""
 
@@ -133,68 +122,19 @@ async def read_model(request: Request, service: Service, tenant: str, model: typ
         return read_json(model, body)
     paid = service.sessions.reserve(tenant, _PARSED * len(body), "parsing the body")
     try:
-        return await asyncio.to_thread(_parse, model, body)
+        return await asyncio.to_thread(of_json, model, body)
     finally:
         paid.release()
         service.memory.freed()
 
 
-def _parse(model: type[M], body: bytes) -> M:
-    """A long message. Validating it in one go would keep the interpreter from everything else for seconds."""
-    what = model.__name__
-    try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest(f"{what}: the body is no JSON: {str(exc)[:200]}") from exc
-    spec = tree.get("spec") if isinstance(tree, dict) else None
-    if isinstance(spec, dict):
-        graph = spec.get("graph")
-        for holder, path, kinds in ((spec, "spec", _LISTS), (graph, "spec.graph", _GRAPH_LISTS)):
-            for field, (kind, most) in kinds.items():
-                if isinstance(holder, dict) and isinstance(holder.get(field), list):
-                    holder[field] = _validated(kind, holder[field], most, f"{what}: {path}.{field}")
-    _count(tree, what)
-    try:
-        return model.model_validate(tree)
-    except ValidationError as exc:
-        raise explain(exc, what=what) from exc
-
-
-def _validated(kind: TypeAdapter[Any], values: list[Any], most: int, where: str) -> tuple[Any, ...]:
-    """A long list, some values at a time; the first that is wrong ends it."""
-    if len(values) > most:
-        raise InvalidSpec(f"{where} has {len(values)} entries", expected=f"at most {most}")
-    found: list[Any] = []
-    for at in range(0, len(values), _AT_ONCE):
-        try:
-            found += kind.validate_python(values[at : at + _AT_ONCE])
-        except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False)[0]
-            number, *rest = first["loc"]
-            place = ".".join(str(part) for part in (at + int(number), *rest))[:160]
-            raise InvalidSpec(f"{where}.{place}: {first['msg'][:300]}", remedy="correct the field named") from exc
-    return tuple(found)
-
-
-def _count(tree: Any, what: str) -> None:
-    """Refuse a message whose rest, that is validated in one go, has more values than any real one."""
-    todo, seen = [tree], 0
-    while todo:
-        one = todo.pop()
-        inside = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else ()
-        seen += len(inside)
-        if seen > _VALUES:
-            raise TooLarge(f"{what} has too many values", expected=f"at most {_VALUES} outside of a spec's long lists")
-        todo += inside
-
-
 async def receive_stream(request: Request, decoder: Decoder, *, idle: float, count: Callable[[int], None]) -> None:
     """Feed a body to a decoder.
 
-    The header is taken on the event loop, where its sink may touch shared state; tensor bytes are copied in a thread
-    while the next ones arrive, and those of a long stream are digested in yet another. Whatever ends the body, all
-    bytes that arrived have been taken and checked when this returns or raises, so that an upload can resume where it
-    stands.
+    All of it is taken in a thread, the decoder's sink included: the header, which may be long, and then the tensors'
+    bytes while the next ones arrive; those of a long stream are digested in yet another thread. Whatever ends the body,
+    all bytes that arrived have been taken and checked when this returns or raises, so that an upload can resume where
+    it stands.
 
     Args:
         request: Whose body.
@@ -220,7 +160,8 @@ async def receive_stream(request: Request, decoder: Decoder, *, idle: float, cou
             async for piece in stream:
                 count(len(piece))
                 if decoder.header is None:
-                    feed([piece])
+                    feeding = asyncio.ensure_future(asyncio.to_thread(feed, [piece]))
+                    await asyncio.shield(feeding)
                     digesting = _digesting(decoder)
                     continue
                 batch.append(piece)

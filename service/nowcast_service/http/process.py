@@ -8,6 +8,7 @@ these promises only this one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -109,6 +110,9 @@ class Server(uvicorn.Server):
                 ssl_handshake_timeout=settings.upload_idle if self.config.ssl else None,
             )
         )
+        # What was imported stays: collections that go through it each time would stop everything for a while.
+        gc.collect()
+        gc.freeze()
         url = _url(settings, self._listener)
         log.info("serving %s", url)
         if settings.port_file is not None:

@@ -53,7 +53,7 @@ def predict(
     Args:
         predictor: What predicts.
         spec: The architecture of the snapshots.
-        snapshots: Oldest first, already known to be finite.
+        snapshots: Oldest first, held to the spec and known to be finite as they arrived.
         request: Horizon, scale and form of the answer.
         state: What the predictor returned at the session's previous nowcast.
         graphs: Where the predictor has its graphs from.
@@ -63,7 +63,7 @@ def predict(
         NowcastError: Whatever the predictor raises.
     """
     began = time.perf_counter()
-    history = History.of(spec, snapshots, check_finite=False)
+    history = History(spec, tuple(snapshots))
     displacement, state = predictor.predict(history, request.k, state, check=check)
     computed = time.perf_counter()
     frames = []

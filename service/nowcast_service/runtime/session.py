@@ -20,6 +20,7 @@ from nowcast_service.runtime.arrival import check_finite, check_tensors, packed_
 from nowcast_service.runtime.budget import Reservation
 from nowcast_service.runtime.catalogue import Key
 from nowcast_service.runtime.device_queue import Job
+from nowcast_service.runtime.states import States
 
 _REMEMBERED = 1_000
 """Nowcasts, and verdicts on them, that a session remembers."""
@@ -109,28 +110,31 @@ class Session:
     snapshots: OrderedDict[int, Snapshot] = field(default_factory=OrderedDict)
     uploads: dict[int, Upload] = field(default_factory=dict)
     nowcasts: OrderedDict[str, Nowcast] = field(default_factory=OrderedDict)
-    states: dict[Key, Any] = field(default_factory=dict)
+    states: States = field(default_factory=States)
+    sending: int = 0
     asked: OrderedDict[str, None] = field(default_factory=OrderedDict)
     verdicts: OrderedDict[tuple[str, str], None] = field(default_factory=OrderedDict)
     dropped: bool = False
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is arriving or being computed for it."""
-        return not any(u.busy for u in self.uploads.values()) and not any(
-            n.job.state in ("queued", "running") for n in self.nowcasts.values()
+        """Whether nothing is arriving, being computed or being sent for it."""
+        return (
+            not self.sending
+            and not any(u.busy for u in self.uploads.values())
+            and not any(n.job.state in ("queued", "running") for n in self.nowcasts.values())
         )
 
     def leave(self) -> bool:
         """Drop all it holds; whether that is done, and its reservation given back.
 
-        What a request is still filling or the device still reads stays where it is, and paid for, until they end.
+        What a request is still filling or sending or the device still reads stays, and paid for, until they end.
         """
         self.dropped = True
         for nowcast in self.nowcasts.values():
             nowcast.job.unwanted = True  # ends it where it asks next
         self.snapshots.clear()
-        self.states.clear()
+        self.states.close()
         for step in [step for step, upload in self.uploads.items() if not upload.busy]:
             del self.uploads[step]
         for name in [name for name, nowcast in self.nowcasts.items() if nowcast.job.state in ("done", "failed")]:
@@ -357,7 +361,7 @@ class Session:
         found = self.nowcasts.get(verdict.nowcast)
         if found is not None and found.undo and verdict.outcome in ("rejected", "rolled_back", "shadow"):
             of, before = found.undo.pop()
-            self.states[of] = before
+            self.states.put(of, before)
         return True
 
 

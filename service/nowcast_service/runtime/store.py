@@ -17,7 +17,7 @@ from nowcast_proto.errors import Busy, Conflict, Expired, NotFound, NowcastError
 from nowcast_proto.messages import SessionCreate
 from nowcast_proto.tensors import DTYPES
 
-from nowcast_service.runtime.arrival import spec_bytes
+from nowcast_service.runtime.arrival import spec_bytes, spec_memory
 from nowcast_service.runtime.budget import Budget, Reservation, Shares
 from nowcast_service.runtime.session import Session
 
@@ -78,8 +78,14 @@ class SessionStore:
         found = (n for session in self._sessions.values() for n in session.nowcasts.values())
         return sum(n.job.state in ("done", "failed") and not n.fetched for n in found)
 
-    def create(self, tenant: str, name: str, request: SessionCreate) -> tuple[Session, bool]:
+    def create(self, tenant: str, name: str, request: SessionCreate, need: int | None = None) -> tuple[Session, bool]:
         """Create a session, or find the same one; whether it is new.
+
+        Args:
+            tenant: Whose.
+            name: Its id.
+            request: What it is for.
+            need: What `check_size` said, where it was asked.
 
         Raises:
             Conflict: It exists with another spec.
@@ -97,7 +103,7 @@ class SessionStore:
                 )
             held.touched = time.monotonic()
             return held, False
-        need = self.check_size(name, request)
+        need = need or self.check_size(name, request)
         session = Session(
             tenant,
             name,
@@ -114,13 +120,13 @@ class SessionStore:
         return session, True
 
     def check_size(self, name: str, request: SessionCreate) -> int:
-        """Bytes a session will need: the snapshots kept, one more on its way in, and the answers.
+        """Bytes a session will need: the snapshots kept, one more on its way in, the answers, and the spec.
 
         Raises:
             TooLarge: It would never fit its quota.
         """
         one = spec_bytes(request.spec, DTYPES[request.dtype])
-        need = (request.keep + 1) * one + self._results * spec_bytes(request.spec)
+        need = (request.keep + 1) * one + self._results * spec_bytes(request.spec) + spec_memory(request.spec)
         cap = min(self._session_bytes, self._tenant_bytes, self.budget.most)
         if need > cap:
             raise TooLarge(

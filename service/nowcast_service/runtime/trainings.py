@@ -29,10 +29,14 @@ EVENTS = 2_000
 MOVEMENTS = 400
 LAYERS = 48
 """Tensors whose movement is kept; of larger networks the largest."""
+MANY = 4096
+"""Tensors the largest are chosen from: this is done on the event loop."""
 SAMPLE = 1 << 16
 """Elements of a tensor that its movement is measured on; of larger ones every so many-th."""
 RECENT = 48
 """Points of the small picture in the list."""
+SPEC_ENTRIES = 50_000
+"""Parameters, ranges and blocks of a tenant's specs that are kept for drawings; some 50 MB."""
 SILENT_AFTER = 120.0
 """Seconds without a word after which a training is called silent."""
 _KINDS = {"applied": "patched"}
@@ -241,8 +245,10 @@ class Board:
             if found is not None:
                 known.started, known.losses, known.events = found.started, found.losses, found.events
                 known.counts, known.counted, known.known = found.counts, found.counted, found.known
+                known.movements = found.movements if found.layers == known.layers else known.movements
             self._trainings[tenant, session] = found = known
             self._make_room()
+            self._forget_specs()
         self._touch(found)
 
     def report(self, tenant: str, session: str, report: Report) -> None:
@@ -395,11 +401,22 @@ class Board:
             key = min(self._trainings, key=lambda key: (not self._trainings[key].ended, self._trainings[key].touched))
             del self._trainings[key]
 
+    def _forget_specs(self) -> None:
+        """Keep a tenant's newest specs, as far as they are small in all: they outlive their sessions."""
+        left: dict[str, int] = {}
+        for found in reversed(self._trainings.values()):
+            if found.spec is not None:
+                rest = left.get(found.tenant, SPEC_ENTRIES) - found.spec.entries
+                if rest < 0:
+                    found.spec = None
+                else:
+                    left[found.tenant] = rest
+
 
 def watched_layers(spec: ArchitectureSpec) -> tuple[str, ...]:
     """The tensors whose movement is kept: those of two and more axes, the largest where there are many."""
     named = [p for p in spec.parameters if len(p.shape) > 1] or list(spec.parameters)
-    largest = {p.name for p in islice(sorted(named, key=lambda p: -p.numel), LAYERS)}
+    largest = {p.name for p in islice(sorted(named[:MANY], key=lambda p: -p.numel), LAYERS)}
     return tuple(p.name for p in named if p.name in largest)
 
 

@@ -41,15 +41,16 @@ def nginx(victim: Server, certificate: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_nginx_passes_uploads_and_nowcasts_on(
-    nginx: Nginx, clean: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    nginx: Nginx, certificate: Path, clean: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job(nginx.url).run(70)
+    """The authorities to trust are an argument here, a variable elsewhere."""
+    monkeypatch.delenv("NOWCAST_CA_FILE")
+    job = Job(nginx.url, ca_file=certificate).run(70)
     job.handle.close()
     assert torch.equal(job.weights(), clean)
-    with NowcastClient(nginx.url) as client:
+    with NowcastClient(nginx.url, ca_file=certificate) as client:
         future = client.nowcast(SPEC, HISTORY, 2, predictor="linear")
     np.testing.assert_allclose(future["0.weight"], 6.0, rtol=1e-5)
-    monkeypatch.delenv("NOWCAST_CA_FILE")
     with NowcastClient(nginx.url, timeout=5.0) as stranger, pytest.raises(ConnectFailed, match="certificate"):
         stranger.health()
     with pytest.raises(AttachError, match="ca_file"):

@@ -246,12 +246,12 @@ def test_a_claimed_size_takes_no_memory(small: Server):
         return client.post("/nowcast", content=struct.pack("<I", len(packed)) + packed, headers=STREAM_HEADERS)
 
     with small.client() as client:
-        error(promised(1), 400, "malformed_frame")
+        error(promised(2), 400, "malformed_frame")
         before = small.rss()
         small.reset_peak()
         error(promised(3), 413, "too_large")
         for _ in range(5):
-            error(promised(1), 400, "malformed_frame")
+            error(promised(2), 400, "malformed_frame")
         # One such tensor has 256 MiB.
         assert small.peak() - before < 32 * 2**20
         assert eventually(lambda: "nowcast_held_bytes 0.0" in client.get("/metrics").text)

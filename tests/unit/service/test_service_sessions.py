@@ -25,8 +25,8 @@ from nowcast_service.runtime.store import SessionStore
 SPEC = ArchitectureSpec.model_validate(
     {"family": "sequential", "parameters": [{"name": "w", "shape": [3, 5]}, {"name": "b", "shape": [3]}]}
 )
-NEED = 6 * (64 + 64) + 2 * (64 + 64)
-"""keep + 1 snapshots and two answers of two tensors, padded to 64 bytes each."""
+NEED = 6 * (64 + 64) + 2 * (64 + 64) + 2 * 1024
+"""keep + 1 snapshots and two answers of two tensors, padded to 64 bytes each, and a spec of two parameters."""
 
 
 def make(total: int = 10 * NEED, **options: object) -> SessionStore:
@@ -71,7 +71,7 @@ def test_a_session_reserves_all_it_will_need():
     assert store.budget.used == 0
     wide = ArchitectureSpec.model_validate({"family": "sequential", "parameters": [{"name": "w", "shape": [64]}]})
     half, _ = store.create("t", "s", SessionCreate(spec=wide, dtype="bfloat16"))
-    assert half.reservation.nbytes == 6 * 128 + 2 * 256
+    assert half.reservation.nbytes == 6 * 128 + 2 * 256 + 1024
 
 
 def test_what_never_fits_and_what_does_not_fit_now():
@@ -301,3 +301,34 @@ def test_tensors_of_a_stream_share_one_aligned_block():
         assert view.nbytes == entry.nbytes
         tensor = tensor_of(TensorFrame(entry.name, entry.dtype, entry.shape, view))
         assert tensor.data_ptr() % 16 == 0
+
+
+def test_a_session_deleted_while_its_answer_is_sent_keeps_its_bytes_until_then():
+    store = make()
+    session, _ = store.create("t", "s", SessionCreate(spec=SPEC))
+    session.sending = 1
+    store.delete("t", "s")
+    store.sweep()
+    assert store.budget.used == NEED
+    session.sending = 0
+    store.sweep()
+    assert store.budget.used == 0
+
+
+def test_a_long_spec_is_paid_for():
+    """Nine bytes of weights each, and a kilobyte of spec."""
+    parameters = [{"name": f"layers.{n}.weight", "shape": [1]} for n in range(500)]
+    spec = ArchitectureSpec.model_validate({"family": "sequential", "parameters": parameters})
+    session, _ = make(1 << 30).create("t", "s", SessionCreate(spec=spec, keep=2))
+    assert session.reservation.nbytes == (3 + 2) * 500 * 64 + 500 * 1024
+
+
+def test_a_nowcast_of_a_dropped_session_leaves_no_state():
+    store = make()
+    session, _ = store.create("t", "s", SessionCreate(spec=SPEC))
+    key = ("snoo", "")
+    session.states.put(key, {"anchor": 1})
+    assert session.states.get(key) == {"anchor": 1}
+    store.delete("t", "s")
+    session.states.put(key, {"anchor": 2})  # the device was still at it
+    assert session.states.get(key) is None

@@ -11,6 +11,7 @@ from nowcast_proto.errors import Busy, NotFound, UnreadableFile
 from nowcast_proto.messages import Verdict
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.trainings import Report, TrainingEvent
+from nowcast_service.runtime import trainings
 from nowcast_service.runtime.archive import Archive
 from nowcast_service.runtime.trainings import LAYERS, SILENT_AFTER, Board, Losses, movement, watched_layers
 
@@ -162,3 +163,16 @@ def test_archive_refuses_what_is_none(tmp_path: Path) -> None:
         file.execute("PRAGMA user_version=99")
     with pytest.raises(UnreadableFile, match="version 99"):
         Archive(tmp_path / "new.db", most=1)
+
+
+def test_specs_outlive_their_sessions_only_as_far_as_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "SPEC_ENTRIES", 2 * SPEC.entries + 1)
+    made = Board(8)
+    for name in ("first", "second", "third"):
+        made.opened("ann", name, SPEC)
+    made.opened("ben", "other", SPEC)
+    large = SPEC.model_copy(update={"parameters": SPEC.parameters * 3})
+    made.opened("ann", "large", large)
+    kept = {name: made.get("ann", name).spec for name in ("first", "second", "third", "large")}
+    assert kept == {"first": None, "second": SPEC, "third": SPEC, "large": None}
+    assert made.get("ben", "other").spec is SPEC

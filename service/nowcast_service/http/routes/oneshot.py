@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from nowcast_proto.errors import DeadlineExceeded
-from nowcast_proto.messages import (
-    NowcastRequest,
-    read_message,
-)
+from nowcast_proto.messages import NowcastRequest
 from nowcast_proto.stream import Decoder, Encoder, Sink
 from nowcast_proto.stream import Header as StreamHeader
 from nowcast_proto.version import (
@@ -23,6 +20,7 @@ from nowcast_proto.version import (
 from torch import Tensor
 
 from nowcast_service.http.bodies import StreamReply, check_media_type, receive_stream
+from nowcast_service.http.long_messages import of_stream
 from nowcast_service.http.routes.common import (
     ERRORS,
     STREAM,
@@ -32,6 +30,7 @@ from nowcast_service.http.routes.common import (
     answered,
     reply_header,
 )
+from nowcast_service.predictors.base import check_count, check_horizon
 from nowcast_service.runtime.answer import Prediction, predict
 from nowcast_service.runtime.arrival import (
     check_finite,
@@ -39,6 +38,7 @@ from nowcast_service.runtime.arrival import (
     packed_bytes,
     packed_sink,
     spec_bytes,
+    spec_memory,
     tensor_of,
 )
 from nowcast_service.runtime.budget import Reservation
@@ -102,19 +102,30 @@ async def _receive_history(
 ) -> tuple[NowcastRequest, Key, list[Mapping[str, Tensor]]]:
     """The question and the snapshots of a one-shot body, whose memory is reserved into ``held`` before it is taken.
 
+    What can be refused is refused when its header is there, before the snapshots.
+
     Raises:
         DeadlineExceeded: It was not whole at its deadline: a place is held meanwhile.
     """
     found: list[tuple[NowcastRequest, Key]] = []
-    began = asyncio.get_running_loop().time()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
 
-    def opened(header: StreamHeader) -> Sink:
-        message = read_message(NowcastRequest, header)
-        found.append((message, service.catalogue.resolve(message)))
-        check_tensors(message.spec, header)
-        nbytes = packed_bytes(header.tensors) + spec_bytes(message.spec)
+    async def reserve(nbytes: int, seconds: float) -> None:
         held.append(service.sessions.reserve(tenant, nbytes, "the nowcast"))
-        limit.reschedule(began + (message.deadline or service.settings.default_deadline))
+        limit.reschedule(began + seconds)
+
+    def opened(header: StreamHeader) -> Sink:  # runs in a thread
+        message = of_stream(NowcastRequest, header)
+        key = service.catalogue.resolve(message)
+        predictor = service.catalogue.predictor(key)
+        check_horizon(message.k, predictor.farthest)
+        check_count(header.snapshots, predictor.context, f"predictor {predictor.name}")
+        check_tensors(message.spec, header)
+        found.append((message, key))
+        nbytes = packed_bytes(header.tensors) + spec_bytes(message.spec) + spec_memory(message.spec)
+        seconds = message.deadline or service.settings.default_deadline
+        asyncio.run_coroutine_threadsafe(reserve(nbytes, seconds), loop).result()
         return packed_sink(header)
 
     decoder = Decoder(opened, service.settings.limits, check_finite)

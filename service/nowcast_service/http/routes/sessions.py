@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated, Any
 
@@ -75,13 +76,13 @@ async def put_session(
     """Create a session for one model. The same body again changes nothing; another one is a conflict."""
     service.engine.check_open()
     wanted = await read_model(request, service, tenant, SessionCreate)
-    service.sessions.check_size(name, wanted)
+    need = await asyncio.to_thread(service.sessions.check_size, name, wanted)
     fields = PredictionFields.model_construct(predictor=predictor, checkpoint=checkpoint)
     made = await service.predictor(service.catalogue.resolve(fields))
     if predictor or checkpoint:  # else it is not said yet which one will read them
         check_kept(wanted.keep, made.context, f"predictor {made.name}")
     coverage = await service.coverage(tenant, made, wanted.spec)
-    session, new = service.sessions.create(tenant, name, wanted)
+    session, new = service.sessions.create(tenant, name, wanted, need)
     service.board.opened(tenant, name, session.spec)
     response.status_code = 201 if new else 200
     return _state(service, session).model_copy(update={"coverage": coverage})
@@ -239,7 +240,7 @@ def _begin(service: Service, session: Session, question: NowcastJob, predictor: 
         before = session.states.get(key)
         tensors = [snapshot.tensors for snapshot in history]
         prediction = predict(predictor, session.spec, tensors, question, before, graphs=service.specs, check=check)
-        session.states[key] = prediction.state
+        session.states.put(key, prediction.state)
         undo.append((key, before))
         return prediction
 
@@ -286,11 +287,14 @@ async def get_nowcast(
     reply = reply_header(nowcast, found.request, found.key, service, found.job)
     reply = reply.model_copy(update={"spec_digest": session.spec_digest, "steps": found.request.steps})
 
+    encoder = Encoder(reply.KIND, reply, prediction.frames, service.settings.limits)
+    session.sending += 1  # deleted meanwhile, it holds its bytes until the answer is sent
+
     def done(complete: bool) -> None:
+        session.sending -= 1
         found.fetched |= complete
         session.touched = time.monotonic()
 
-    encoder = Encoder(reply.KIND, reply, prediction.frames, service.settings.limits)
     return StreamReply(encoder, count=service.count_out, done=done)
 
 

@@ -135,7 +135,7 @@ async def get_training_graph(service: ServiceOf, tenant: TenantOf, training: Tra
     """The neural graph by ranges of neurons, for a drawing."""
     spec = service.board.get(tenant, training).spec
     if spec is None:
-        raise NotFound("of trainings of an earlier process the graph is not kept")
+        raise NotFound("the graph of this training is not kept: it is of an earlier process, or its spec is large")
     return picture(await service.graph(tenant, spec))
 
 
