@@ -43,10 +43,11 @@ def evaluate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from nowcast_lab.evaluate.arms import read_arms
+    from nowcast_lab.evaluate.paper import task
     from nowcast_lab.evaluate.plan import Plan, execute, read_runs
     from nowcast_lab.evaluate.pooled import pooled, pooled_markdown
     from nowcast_lab.evaluate.report import markdown, plot, reports
-    from nowcast_lab.evaluate.tasks import SEEDS, task
+    from nowcast_lab.evaluate.tasks import SEEDS
     from nowcast_lab.metatrain.errors import InvalidRecipe
 
     if threads:

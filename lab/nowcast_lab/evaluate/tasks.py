@@ -12,7 +12,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from nowcast_lab.metatrain.errors import InvalidRecipe
 from nowcast_lab.metatrain.zoo import Arch
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -108,18 +107,19 @@ _TASKS = (
     _digits("digits-mlp", 48),
     Task(name="vit", arch=Arch(kind="vit", dim=32, layers=2, heads=4, size=16, patch=4), source="cifar10@16", batch=64),
     _code("gpt2-code", Arch(kind="gpt2", dim=48, layers=2, heads=4, context=64)),
+    # Near a million parameters, on text that is never repeated.
+    Task(
+        name="gpt2-1m",
+        arch=Arch(kind="gpt2", dim=128, layers=4, heads=4, context=128),
+        source="torch:bytes",
+        batch=16,
+        steps=3000,
+        metric="loss",
+        eval_every=100,
+        eval_items=64,
+        once=True,
+    ),
     _code("llama-code", Arch(kind="llama", dim=32, layers=3, heads=4, kv_heads=2, context=64)),
 )
 
 TASKS = {task.name: task for task in _TASKS}
-
-
-def task(name: str) -> Task:
-    """A task by name.
-
-    Raises:
-        InvalidRecipe: No task is called that.
-    """
-    if name not in TASKS:
-        raise InvalidRecipe(f"no task is called {name!r}", expected=f"one of {', '.join(TASKS)}")
-    return TASKS[name]

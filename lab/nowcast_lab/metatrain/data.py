@@ -1,10 +1,11 @@
 """Real data for small trainings: images and text, with a digest of what was read.
 
 CIFAR-10 and tinyshakespeare are read from a folder, in the files they are published in (see `data_folder`);
-scikit-learn's digits, the standard library's own source (``stdlib``), PyTorch's C++ headers (``headers``) and SymPy's
-source (``sympy``, which comes with PyTorch) are on every machine. Sources are named by strings, so recipes and
-manifests can hold them: ``cifar10@16`` (averaged down to 16 x 16), ``cifar10@32``, ``digits``, ``shakespeare:bytes``,
-``headers:bytes``, ``shakespeare:words2000``.
+scikit-learn's digits, the standard library's own source (``stdlib``), PyTorch's C++ headers (``headers``) and Python
+source (``torch``), and SymPy's source (``sympy``, which comes with PyTorch) are on every machine. Sources are named by
+strings, so recipes and manifests can hold them: ``cifar10@16`` (averaged down to 16 x 16), ``cifar10@32``, ``digits``,
+``shakespeare:bytes``, ``headers:bytes``, ``shakespeare:words2000``; and the data sets of
+`nowcast_lab.metatrain.standard`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nowcast_proto.errors import UnreadableFile
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nowcast_lab.metatrain import standard
 from nowcast_lab.metatrain.errors import InvalidRecipe
 
 CIFAR_BINARY = (tuple(f"data_batch_{n}.bin" for n in range(1, 6)), ("test_batch.bin",))
@@ -53,8 +55,14 @@ def _sympy() -> tuple[Path, tuple[str, ...]]:
     return Path(sympy.__file__).parent, ("**/*.py",)
 
 
-CODE = {"stdlib": _stdlib, "headers": _headers, "sympy": _sympy}
+def _torch() -> tuple[Path, tuple[str, ...]]:
+    return Path(torch.__file__).parent, ("**/*.py",)
+
+
+CODE = {"stdlib": _stdlib, "headers": _headers, "sympy": _sympy, "torch": _torch}
 """Bodies of source code: where they lie, and the files to read."""
+MUCH = {"torch": 12_000_000}
+"""Of these more is read than `CODE_BYTES`: enough for 4,000 steps of 2,048 bytes that no training sees twice."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +160,18 @@ def load(source: str, folder: str | None = None) -> Images | Text:
         return _digits(source)
     if corpus == "shakespeare":
         return _tokens(source, _shakespeare(data_folder(folder)), variant)
+    if corpus in standard.IMAGES:
+        return _standard(source, data_folder(folder))
+    if corpus in standard.TEXTS:
+        train, test = standard.TEXTS[corpus](data_folder(folder))
+        return _parts(source, train, test, variant, data_folder(folder))
     if corpus in CODE:
         root, patterns = CODE[corpus]()
-        return _tokens(source, _joined(root, patterns), variant)
+        return _tokens(source, _joined(root, patterns, MUCH.get(corpus, CODE_BYTES)), variant)
     raise InvalidRecipe(
         f"no data source is called {source!r}",
-        expected=f"cifar10[@size], digits, or a text ({', '.join(('shakespeare', *CODE))}) with or without :tokens",
+        expected=f"cifar10[@size], digits, {', '.join(standard.IMAGES)}, or a text "
+        f"({', '.join(('shakespeare', *CODE, *standard.TEXTS))}) with or without :tokens",
     )
 
 
@@ -194,7 +208,7 @@ def _cifar10_binary(folder: Path, digest: Digest) -> list[_Part]:
     for names in CIFAR_BINARY:
         records = []
         for path in (found / name for name in names):
-            raw = _bytes_of(path)
+            raw = standard.read(path)
             if not raw or len(raw) % CIFAR_RECORD:
                 raise UnreadableFile(
                     f"{path} has {len(raw)} bytes",
@@ -220,7 +234,7 @@ def _cifar10_jpeg(folder: Path, digest: Digest) -> list[_Part]:
 
     parts = []
     for name in CIFAR_JPEG:
-        raw = _bytes_of(folder / name)
+        raw = standard.read(folder / name)
         digest.update(raw)
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             blob, offset, label = arrays["blob"].tobytes(), arrays["offset"], arrays["label"]
@@ -244,7 +258,7 @@ def _no_cifar10(folder: Path) -> list[_Part]:
 def _shakespeare(folder: Path) -> bytes:
     for name in SHAKESPEARE:
         if (folder / name).exists():
-            return _bytes_of(folder / name)
+            return standard.read(folder / name)
     raise UnreadableFile(
         f"tinyshakespeare is not in {folder.absolute()}",
         expected=" or ".join(SHAKESPEARE),
@@ -253,13 +267,27 @@ def _shakespeare(folder: Path) -> bytes:
     )
 
 
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise UnreadableFile(
-            f"{path} cannot be read: {exc.strerror}", remedy="put all files of the data set there"
-        ) from exc
+def _standard(source: str, folder: Path) -> Images:
+    parts = standard.IMAGES[source](folder)
+    digest = hashlib.sha256()
+    tensors: list[Tensor] = []
+    for part in parts:
+        digest.update(part.pixels.tobytes())
+        digest.update(part.labels.tobytes())
+        tensors += [torch.from_numpy(part.pixels.astype(np.float32)).div_(255), torch.from_numpy(part.labels)]
+    return _normalised(source, digest.hexdigest(), *tensors)
+
+
+def _parts(source: str, train: bytes, test: bytes, tokens: str, folder: Path) -> Text:
+    """A text that is published in two parts."""
+    if not tokens or tokens == "bytes" or tokens.startswith("words"):
+        # Read as one, so that both have the same ids; their border is found again.
+        whole, first = _tokens(source, train + test, tokens), _tokens(source, train, tokens or "bytes")
+        ids, cut = torch.cat((whole.train, whole.test)), len(first.train) + len(first.test)
+        return replace(whole, train=ids[:cut], test=ids[cut:])
+    (one, vocabulary), (two, _) = standard.encode(train, tokens, folder), standard.encode(test, tokens, folder)
+    digest = hashlib.sha256(train + test).hexdigest()
+    return Text(source, digest, torch.from_numpy(one), torch.from_numpy(two), vocabulary)
 
 
 def _digits(source: str) -> Images:
@@ -286,8 +314,8 @@ def _normalised(source: str, digest: str, train_x: Tensor, train_y: Tensor, test
     )
 
 
-def _joined(root: Path, patterns: tuple[str, ...]) -> bytes:
-    """Files below a folder in file-name order, without tests and generated or installed files, cut at `CODE_BYTES`.
+def _joined(root: Path, patterns: tuple[str, ...], most: int) -> bytes:
+    """Files below a folder in file-name order, without tests and generated or installed files, cut at ``most`` bytes.
 
     Raises:
         UnreadableFile: There are none.
@@ -295,14 +323,14 @@ def _joined(root: Path, patterns: tuple[str, ...]) -> bytes:
     parts: list[bytes] = []
     size = 0
     for path in (path for pattern in patterns for path in sorted(root.glob(pattern))):
-        if size >= CODE_BYTES:
+        if size >= most:
             break
         if not {"test", "tests", "site-packages", "ops"} & set(path.relative_to(root).parts):
             parts.append(path.read_bytes())
             size += len(parts[-1])
     if not parts:
         raise UnreadableFile(f"{root} holds no source code", remedy="install the whole package, not a stripped one")
-    return b"\n".join(parts)[:CODE_BYTES]
+    return b"\n".join(parts)[:most]
 
 
 def _tokens(source: str, raw: bytes, tokens: str) -> Text:

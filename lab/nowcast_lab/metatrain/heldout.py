@@ -10,9 +10,9 @@ from nowcast_lab.metatrain.data import corpus_of
 from nowcast_lab.metatrain.errors import InvalidRecipe
 from nowcast_lab.metatrain.zoo import Arch
 
-HELD_OUT_CORPORA = frozenset({"stdlib", "sympy"})
-"""Texts of the demo, of the held-out text tasks and of the validation task: no trajectory of any architecture reads
-them."""
+HELD_OUT_CORPORA = frozenset({"stdlib", "sympy", "torch", "fashion", "cifar100", "imagenet32", "lm1b", "wikitext103"})
+"""Texts of the demo, of the held-out text tasks and of the validation task, and the data of the seed paper's tasks but
+CIFAR-10: no trajectory of any architecture reads them."""
 
 HELD_OUT_KINDS = frozenset({"vit"})
 """Architectures no trajectory shows at all."""
@@ -28,7 +28,7 @@ def why_held_out(arch: Arch, source: str) -> str | None:
     """The reason this architecture may not be collected on this source, or None where it may."""
     corpus = corpus_of(source)
     if corpus in HELD_OUT_CORPORA:
-        return f"the text {corpus!r} is held out for every architecture"
+        return f"the data {corpus!r} is held out for every architecture"
     if arch.kind in HELD_OUT_KINDS:
         return f"the architecture {arch.kind!r} is held out on all data"
     if arch.kind == "convnet" and corpus == "cifar10" and arch.widths in HELD_OUT_CONVNETS:
