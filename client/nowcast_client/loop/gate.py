@@ -43,6 +43,11 @@ class Gate:
         if self._best is not None:
             self._best.tried(kept=kept)
 
+    @property
+    def scale(self) -> float:
+        """Part of the predicted change that should be written."""
+        return self._best.payoff.scale if self._best is not None else 1.0
+
     def objection(self, step: int, rate: float | None, losses: Callable[[], Floats]) -> str:
         """Why no nowcast should be asked for now; empty where nothing speaks against one.
 

@@ -123,7 +123,9 @@ class Nowcasting:
             self.report.skip(reason)
             return
         self.report.counts["asked"] += 1
-        self.windows.ask(self._job.model_copy(update={"nowcast": mint(), "k": self.timetable.horizon(step)}))
+        scale = self._job.update_scale * self.gate.scale
+        update = {"nowcast": mint(), "k": self.timetable.horizon(step), "update_scale": scale}
+        self.windows.ask(self._job.model_copy(update=update))
         if self.cadence.wait > 0:
             self.agreement.asked()
 

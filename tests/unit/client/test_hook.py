@@ -757,3 +757,11 @@ def test_nowcasts_wait_while_the_held_out_loss_is_above_its_best() -> None:
     assert any("held-out" in event.detail["reason"] for event in resumed.events if event.kind == "skipped")
     with pytest.raises(AttachError, match="validation"):
         training.handle.observe(1.0, split="test")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("total", "scale"), [(300, 0.5), (2000, 0.15)])
+def test_where_many_nowcasts_are_planned_the_first_are_small(total: int, scale: float) -> None:
+    service = FakeService(nothing)
+    training = Training(service, total_steps=total, update_scale=0.5)
+    training.run(60, loss_of=lambda step, _: 1.0 - 0.001 * step)
+    assert [job.update_scale for job in service.jobs.values()] == [pytest.approx(scale)]

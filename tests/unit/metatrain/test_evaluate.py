@@ -18,7 +18,7 @@ from nowcast_lab.evaluate.optimizers import KernelMuon, Optimizers
 from nowcast_lab.evaluate.plan import Plan, execute, read_runs
 from nowcast_lab.evaluate.pooled import pooled, pooled_markdown
 from nowcast_lab.evaluate.report import markdown, paired_p, reports
-from nowcast_lab.evaluate.run import Local, run
+from nowcast_lab.evaluate.run import Local, Nowcasts, run
 from nowcast_lab.evaluate.tasks import TASKS
 from nowcast_lab.metatrain.data import load
 from nowcast_lab.metatrain.errors import InvalidRecipe
@@ -91,6 +91,24 @@ def test_a_harmful_nowcast_is_undone_on_trial_and_only_then() -> None:
     assert undone["nowcasts"] >= 1
     assert kept["final"] > 2 * plain["final"]
     assert undone["final"] < 1.5 * plain["final"]
+
+
+@pytest.mark.parametrize(("verdict", "moved"), [("trial", 0.3), ("always", 1.0)])
+def test_where_many_nowcasts_are_planned_the_first_on_trial_are_small(verdict: str, moved: float) -> None:
+    """As in the client: of what it predicts three tenths are written."""
+
+    class Shift(Harmful):
+        def __call__(self, spec: Any, snapshots: Any, k: int, state: Any) -> Any:
+            return {name: tensor + 1.0 for name, tensor in snapshots[-1].items()}, state
+
+    arm, model = Arm(predictor="linear", period=30, verdict=verdict), TASK.arch.build(running_stats=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    made = Nowcasts(arm, model, Optimizers(arm, model, 900), Shift(), TASK, 900, "cpu")
+    for step in range(1, 31):
+        made.after_step(step, 1.0)
+    assert made.made == 1
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.allclose(new, old + moved, atol=1e-5)
 
 
 class Creeping(Harmful):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from nowcast_proto.rules.payoff import BLOCK, FIRST, Level, Payoff, Period, worth
+from nowcast_proto.rules.payoff import BLOCK, CAREFUL, FIRST, Level, Payoff, Period, worth
 
 
 def training(seed: int, periods: int, effect: float) -> tuple[int, bool]:
@@ -123,3 +123,19 @@ def test_it_goes_on_where_it_was() -> None:
     empty = Payoff()
     empty.load_state_dict({})
     assert empty.state_dict() == Payoff().state_dict()
+
+
+def test_many_nowcasts_begin_small_and_are_written_whole_once_they_surely_pay() -> None:
+    few, many = Payoff(10), Payoff(25)
+    assert (few.scale, many.scale) == (1.0, CAREFUL)
+    scales, draw = [], np.random.default_rng(0)
+    for period in range(1, 25):
+        many.over(100 * period, Level(2 - 0.1 * many.made + 0.01 * float(draw.normal()), 0.01))
+        if not many.objection():
+            many.tried()
+        scales.append(many.scale)
+    assert scales[:6] == [CAREFUL] * 6
+    assert scales[-1] == 1.0
+    resumed = Payoff(25)
+    resumed.load_state_dict(json.loads(json.dumps(many.state_dict())))
+    assert resumed.scale == 1.0
