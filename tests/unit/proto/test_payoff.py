@@ -155,8 +155,8 @@ def stopped(pair: dict[str, Any]) -> int | None:
 
 
 def test_error_rates_on_recorded_pairs() -> None:
-    """Trainings with whole nowcasts every 48 or 60 steps, some left out at random, and the same trainings alone; 131 of the
-    136 nowcasts were kept by their verdicts (`tests/bench/payoff_pairs.py`)."""
+    """Trainings with whole nowcasts every 48 or 60 steps, some left out at random, and the same trainings alone; 131 of
+    the 136 nowcasts were kept by their verdicts (`tests/bench/payoff_pairs.py`)."""
     lines = Path(__file__).with_name("payoff_pairs.jsonl").read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
     harmed = [one for one in pairs if one["nowcast"][1] > 1.02 * one["alone"][1]]
