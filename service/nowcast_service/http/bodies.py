@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nowcast_service.http.long_messages import of_json
 from nowcast_service.runtime.service import Service
 
 LEAST_RATE = 4096
@@ -98,7 +97,7 @@ async def read_all(request: Request, *, cap: int, idle: float) -> bytes:
 
 
 async def read_model(request: Request, service: Service, tenant: str, model: type[M], *, cap: int | None = None) -> M:
-    """A JSON body as the message it is, parsed in a thread, piece by piece where it is long.
+    """A JSON body as the message it is, read by another process where it is long.
 
     What parsing takes is paid for while it takes it.
 
@@ -122,7 +121,7 @@ async def read_model(request: Request, service: Service, tenant: str, model: typ
         return read_json(model, body)
     paid = service.sessions.reserve(tenant, _PARSED * len(body), "parsing the body")
     try:
-        return await asyncio.to_thread(of_json, model, body)
+        return await service.reader.read(model, body)
     finally:
         paid.release()
         service.memory.freed()

@@ -29,6 +29,7 @@ from nowcast_service.runtime.device_queue import Check, Engine, Job, Place
 from nowcast_service.runtime.keys import KeyRing
 from nowcast_service.runtime.memory import Trimmer, resident
 from nowcast_service.runtime.readiness import Readiness
+from nowcast_service.runtime.reading import Reader
 from nowcast_service.runtime.session import Session, Snapshot
 from nowcast_service.runtime.spec_work import SpecWork
 from nowcast_service.runtime.store import SessionStore
@@ -71,6 +72,7 @@ class Service:
             memory=int(settings.spec_memory),
             several=tenants > 1,
         )
+        self.reader = Reader(self.specs.nursery, seconds=settings.spec_seconds, memory=int(settings.spec_memory))
         self.catalogue = Catalogue.of(settings, self.specs)
         self.memory = Trimmer()
         self.engine = Engine(
@@ -198,6 +200,7 @@ class Service:
     def stop(self) -> None:
         """End both; does not wait for the device."""
         self.engine.stop()
+        self.reader.stop()
         self.specs.stop()
 
     async def predictor(self, key: Key) -> Predictor:

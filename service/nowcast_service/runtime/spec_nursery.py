@@ -6,6 +6,7 @@ See `nowcast_service.runtime.spec_process` for the other end.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -36,6 +37,11 @@ class Nursery:
         self._control: socket.socket | None = None
         self._starting = threading.Lock()
         self._stopped = False
+        self._numbers = itertools.count(1)
+
+    def number(self) -> int:
+        """One that no order had."""
+        return next(self._numbers)
 
     @property
     def pid(self) -> int | None:

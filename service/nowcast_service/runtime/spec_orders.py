@@ -69,5 +69,22 @@ def order_of(spec: ArchitectureSpec, needs: Needs, *, whole: bool, seconds: floa
         "seconds": seconds,
         "memory": memory,
     }
+    return _packed(order)
+
+
+def reading_of(message: type, json: bytes, *, seconds: float, memory: int) -> bytes:
+    """An order to read a JSON body, as it is sent.
+
+    Args:
+        message: The class it is of, of the protocol.
+        json: The body.
+        seconds: Of processor time, at most.
+        memory: Bytes, at most.
+    """
+    name = f"{message.__module__}:{message.__qualname__}"
+    return _packed({"message": name, "json": json, "seconds": seconds, "memory": memory})
+
+
+def _packed(order: dict[str, Any]) -> bytes:
     packed: bytes = msgpack.packb(order)
     return LENGTH.pack(len(packed)) + packed

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import resource
@@ -31,6 +32,7 @@ from nowcast_service.graph import positional
 from nowcast_service.graph.coverage import report
 from nowcast_service.graph.wiring import build
 from nowcast_service.predictors.graphs import Needs, graph_of
+from nowcast_service.runtime.long_messages import in_pieces
 from nowcast_service.runtime.spec_orders import LENGTH, ORDER, portable
 
 log = logging.getLogger(__name__)
@@ -50,21 +52,22 @@ def _child(link: socket.socket) -> None:
         order = msgpack.unpackb(_exactly(link, length))
         link.sendall(b"S")
         try:
+            gc.disable()  # it ends before there is much to collect
             _confine(order["seconds"], order["memory"])
-            head, body = _answer(order)
+            head, body = _read(order) if "message" in order else _answer(order)
         except NowcastError as exc:
             head, body = exc.body().model_dump_json().encode(), None
         except MemoryError:
-            head, body = _too_much_memory(order["memory"]), None
+            head, body = _too_much_memory(order), None
         except RecursionError:
             head, body = _refused(InvalidSpec("the spec nests too deeply", expected="a flatter table")), None
         except Exception as exc:  # whatever the graph code stumbles over in a stranger's spec ends here, typed
             if "allocate memory" in str(exc):
-                head, body = _too_much_memory(order["memory"]), None
+                head, body = _too_much_memory(order), None
             elif isinstance(exc, ArithmeticError | np.linalg.LinAlgError | RuntimeError):
                 head, body = _refused(_not_computable(type(exc).__name__)), None
             else:
-                log.exception("a spec of family %s failed", order["spec"][:80])
+                log.exception("an order failed: %s", str(order)[:200])
                 head, body = _refused(InternalError("the spec's graph failed inside the service")), None
         link.sendall((b"X" if body is None else b"R") + LENGTH.pack(len(head)))
         link.sendall(head)
@@ -85,6 +88,12 @@ def _answer(order: dict[str, Any]) -> tuple[bytes, memoryview]:
     return packed, positional.encode(graph).reshape(-1).view(np.uint8).data
 
 
+def _read(order: dict[str, Any]) -> tuple[bytes, memoryview]:
+    module, _, name = order["message"].partition(":")
+    head, pieces = in_pieces(getattr(importlib.import_module(module), name), order["json"])
+    return head, memoryview(b"".join(part for piece in pieces for part in (LENGTH.pack(len(piece)), piece)))
+
+
 def _confine(seconds: float, memory: int) -> None:
     """Have the kernel hold this process to its limits."""
     # Processor time ends it by SIGPROF, to the fraction of a second; the hard limit is for code that blocks that.
@@ -98,10 +107,11 @@ def _confine(seconds: float, memory: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _too_much_memory(memory: int) -> bytes:
+def _too_much_memory(order: dict[str, Any]) -> bytes:
+    what, how = ("this message", "read") if "message" in order else ("the neural graph of this spec", "compute")
     return _refused(
         TooLarge(
-            f"the neural graph of this spec takes more than {memory} bytes to compute",
+            f"{what} takes more than {order['memory']} bytes to {how}",
             expected="a spec of a network of the size that is sent",
             remedy="use a predictor that needs no graph, or raise NOWCAST_SPEC_MEMORY",
         )

@@ -8,7 +8,6 @@ the last future that waits for an order ends its process.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import signal
 import socket
@@ -98,8 +97,7 @@ class SpecWork:
         self._bytes: weakref.WeakKeyDictionary[Prepared, int] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakValueDictionary[Key, Prepared] = weakref.WeakValueDictionary()
         self._changed = threading.Condition()
-        self._nursery = Nursery()
-        self._numbers = itertools.count(1)
+        self.nursery = Nursery()
         self._threads: list[threading.Thread] = []
         self._stopped = False
 
@@ -115,7 +113,7 @@ class SpecWork:
             ]
         for thread in self._threads:
             thread.start()
-        self._nursery.control()
+        self.nursery.control()
 
     def stop(self) -> None:
         """End the process, and what it computes."""
@@ -125,7 +123,7 @@ class SpecWork:
             self._changed.notify_all()
         for order in orders:
             self._end(order)
-        self._nursery.stop()
+        self.nursery.stop()
 
     def coverage(self, tenant: str, spec: ArchitectureSpec, needs: Needs) -> Future[CoverageReport]:
         """Count what a predictor with these needs does with each parameter; fails where there can be no graph.
@@ -254,7 +252,7 @@ class SpecWork:
 
     def _computed(self, order: _Order) -> Any:
         for last in (False, True):
-            number = next(self._numbers)
+            number = self.nursery.number()
             link, theirs = socket.socketpair()
             with contextlib.closing(link):
                 try:
@@ -269,7 +267,7 @@ class SpecWork:
                             "the process that works on specs ended", remedy="try again", retry_after=2.0
                         ) from exc
                 finally:
-                    self._nursery.tell(b"E", number)
+                    self.nursery.tell(b"E", number)
             if order.unwanted:
                 break
         if order.unwanted:
@@ -279,7 +277,7 @@ class SpecWork:
     def _begun(self, link: socket.socket, theirs: socket.socket, number: int, order: _Order) -> bool:
         """Give an order; whether a child has begun with it."""
         with theirs:
-            self._nursery.tell(b"S", number, theirs)
+            self.nursery.tell(b"S", number, theirs)
         request = order_of(order.spec, order.key[1], whole=order.key[2], seconds=order.seconds, memory=order.memory)
         end = time.monotonic() + _START_SECONDS
         try:

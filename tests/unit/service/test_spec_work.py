@@ -50,8 +50,8 @@ def slow(number: int = 0) -> ArchitectureSpec:
 
 def children(work: SpecWork) -> list[int]:
     """Processes that compute something now."""
-    assert work._nursery._process is not None
-    pid = work._nursery._process.pid
+    assert work.nursery._process is not None
+    pid = work.nursery._process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -191,9 +191,9 @@ def test_a_computation_that_is_killed_is_refused_and_the_next_is_served(work: Sp
 
 def test_the_process_that_forks_is_started_again(work: SpecWork):
     work.prepare("t", mlp(2, 3), NEEDS).result(60)
-    assert work._nursery._process is not None
-    work._nursery._process.kill()
-    work._nursery._process.wait()
+    assert work.nursery._process is not None
+    work.nursery._process.kill()
+    work.nursery._process.wait()
     assert work.prepare("t", mlp(2, 4), NEEDS).result(60)
 
 
@@ -218,10 +218,10 @@ def test_nothing_is_left_when_it_stops():
     work = SpecWork(Budget(1 << 30), seconds=60.0, memory=1 << 30)
     future = work.prepare("t", slow(), NEEDS)
     pids = held(work)
-    assert work._nursery._process is not None
+    assert work.nursery._process is not None
     work.stop()
     with pytest.raises((CancelledError, NowcastError)):
         future.result(60)
-    assert work._nursery._process.poll() is not None
+    assert work.nursery._process.poll() is not None
     assert eventually(lambda: not any(map(psutil.pid_exists, pids)))
     assert eventually(lambda: not any(thread.is_alive() for thread in work._threads))

@@ -20,7 +20,6 @@ from nowcast_proto.version import (
 from torch import Tensor
 
 from nowcast_service.http.bodies import StreamReply, check_media_type, receive_stream
-from nowcast_service.http.long_messages import of_stream
 from nowcast_service.http.routes.common import (
     ERRORS,
     STREAM,
@@ -44,6 +43,7 @@ from nowcast_service.runtime.arrival import (
 from nowcast_service.runtime.budget import Reservation
 from nowcast_service.runtime.catalogue import Key
 from nowcast_service.runtime.device_queue import Check, Job
+from nowcast_service.runtime.long_messages import of_stream
 from nowcast_service.runtime.service import Service
 
 router = APIRouter(responses=ERRORS)

@@ -1,14 +1,18 @@
-"""Messages that may be long, read in a thread piece by piece.
+"""Messages that may be long.
 
-Validating a long message in one go would keep the interpreter, and so the event loop, from everything else for seconds.
+Reading a long message in one go would keep the interpreter, and so the event loop, from everything else for seconds. A
+JSON body is therefore read by a child of the process that works on specs, which hands it back in pieces; the head of a
+stream, which the decoder has unpacked already, is validated piece by piece in a thread.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import msgpack  # type: ignore[import-untyped]
 from nowcast_proto.errors import InvalidRequest, InvalidSpec, TooLarge
 from nowcast_proto.messages import explain, read_message
 from nowcast_proto.spec import MAX_PARAMETERS, ArchitectureSpec, ParameterSpec
@@ -18,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
 
-_AT_ONCE = 256
+AT_ONCE = 256
 _VALUES = 20_000
 _Lists = dict[str, tuple[TypeAdapter[Any], int]]
 _LISTS: _Lists = {"parameters": (TypeAdapter(tuple[ParameterSpec, ...]), MAX_PARAMETERS)}
@@ -28,8 +32,11 @@ _GRAPH_LISTS: _Lists = {
 }
 
 
-def of_json(model: type[M], body: bytes) -> M:
-    """A long message from a JSON body.
+def in_pieces(model: type[BaseModel], body: bytes) -> tuple[bytes, list[bytes]]:
+    """A JSON body checked and taken apart, by a process that may take its time.
+
+    Returns:
+        What is left of the message with its digest, and the entries of its long lists, `AT_ONCE` at a time, as msgpack.
 
     Raises:
         InvalidSpec, InvalidRequest, TooLarge: It is not such a message, or has more values than any.
@@ -40,11 +47,42 @@ def of_json(model: type[M], body: bytes) -> M:
     except (ValueError, RecursionError) as exc:
         raise InvalidRequest(f"{what}: the body is no JSON: {str(exc)[:200]}") from exc
     _validate_lists(tree, what)
-    try:
-        made = model.model_validate(tree)
-    except ValidationError as exc:
-        raise explain(exc, what=what) from exc
+    made = _validated_rest(model, tree)
+    spec = getattr(made, "spec", None)
+    pieces = []
+    for holder, field, _ in _long_lists(tree):
+        values = holder.pop(field)
+        for at in range(0, len(values), AT_ONCE):
+            entries = [one.model_dump(mode="json", exclude_defaults=True) for one in values[at : at + AT_ONCE]]
+            pieces.append(msgpack.packb([field, entries]))
+    digest = spec.digest() if isinstance(spec, ArchitectureSpec) else None
+    return msgpack.packb({"rest": tree, "digest": digest}), pieces
+
+
+def put_together(model: type[M], rest: bytes, pieces: Iterable[memoryview]) -> M:
+    """The message that `in_pieces` took apart; never busy with one thing for long."""
+    known = msgpack.unpackb(rest)
+    tree: dict[str, Any] = known["rest"]
+    kinds = {**_LISTS, **_GRAPH_LISTS}
+    lists: dict[str, list[Any]] = {}
+    for piece in pieces:
+        field, entries = msgpack.unpackb(piece)
+        lists.setdefault(field, []).extend(kinds[field][0].validate_python(entries))
+    for field, values in lists.items():
+        holder = tree["spec"] if field in _LISTS else tree["spec"]["graph"]
+        holder[field] = tuple(values)
+    made = _validated_rest(model, tree)
+    spec = getattr(made, "spec", None)
+    if isinstance(spec, ArchitectureSpec):
+        spec.__dict__["_digest"] = known["digest"]
     return _worked_out(made)
+
+
+def _validated_rest(model: type[M], tree: Any) -> M:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as exc:
+        raise explain(exc, what=model.__name__) from exc
 
 
 def of_stream(model: type[M], header: Header) -> M:
@@ -70,15 +108,21 @@ def _worked_out(made: M) -> M:
     return made
 
 
+def _long_lists(tree: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The long lists of a message: what holds each, its field, and where that is."""
+    spec = tree.get("spec") if isinstance(tree, dict) else None
+    graph = spec.get("graph") if isinstance(spec, dict) else None
+    for holder, path, kinds in ((spec, "spec", _LISTS), (graph, "spec.graph", _GRAPH_LISTS)):
+        for field in kinds:
+            if isinstance(holder, dict) and isinstance(holder.get(field), list | tuple):
+                yield holder, field, path
+
+
 def _validate_lists(tree: Any, what: str) -> None:
     """Validate the lists of a spec piece by piece, in place, and refuse what is long elsewhere."""
-    spec = tree.get("spec") if isinstance(tree, dict) else None
-    if isinstance(spec, dict):
-        graph = spec.get("graph")
-        for holder, path, kinds in ((spec, "spec", _LISTS), (graph, "spec.graph", _GRAPH_LISTS)):
-            for field, (kind, most) in kinds.items():
-                if isinstance(holder, dict) and isinstance(holder.get(field), list):
-                    holder[field] = _validated(kind, holder[field], most, f"{what}: {path}.{field}")
+    for holder, field, path in _long_lists(tree):
+        kind, most = (_LISTS | _GRAPH_LISTS)[field]
+        holder[field] = _validated(kind, holder[field], most, f"{what}: {path}.{field}")
     _count(tree, what)
 
 
@@ -87,9 +131,9 @@ def _validated(kind: TypeAdapter[Any], values: list[Any], most: int, where: str)
     if len(values) > most:
         raise InvalidSpec(f"{where} has {len(values)} entries", expected=f"at most {most}")
     found: list[Any] = []
-    for at in range(0, len(values), _AT_ONCE):
+    for at in range(0, len(values), AT_ONCE):
         try:
-            found += kind.validate_python(values[at : at + _AT_ONCE])
+            found += kind.validate_python(values[at : at + AT_ONCE])
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_input=False)[0]
             number, *rest = first["loc"]
