@@ -38,7 +38,7 @@ coverage: $(STAMP) ## Branches of proto and client that unit and integration tes
 		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage \
 		tests/unit tests/integration/client tests/integration/ecosystem $(TESTS)
 
-demo: $(STAMP) ## Train a small network alone and nowcast, and draw both
+demo: $(STAMP) ## Train a small network alone, nowcast and with Muon, and draw them
 	@$(BIN)/nowcast demo
 
 lint: $(STAMP) ## Check style and format

@@ -34,15 +34,17 @@ def test_demo(task: str, tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["about"]["steps"] == STEPS
-    alone, nowcast, killed = (found["trainings"][name] for name in ("alone", "nowcast", "killed"))
+    alone, nowcast, killed, muon = (found["trainings"][name] for name in ("alone", "nowcast", "killed", "muon"))
     assert found["target_held_out_loss"] == alone["final_held_out_loss"]
     # The table and the sentences say what was measured.
     assert f"{alone['final_held_out_loss']:.4f} {found['about']['unit']}" in done.stdout
     assert f"{nowcast['final_held_out_loss'] - alone['final_held_out_loss']:+.4f}" in done.stdout
     assert f"peak rate of {found['about']['rate']:g}" in done.stdout
-    for training in (alone, nowcast, killed):
+    for training in (alone, nowcast, killed, muon):
         assert training["points"][-1]["step"] == STEPS
-    assert alone["hook"]["patched"] == 0
+    assert alone["hook"]["patched"] == muon["hook"]["patched"] == 0
+    assert muon["final_held_out_loss"] != alone["final_held_out_loss"]
+    assert f"Muon, alone: {'never' if muon['steps_to_target'] is None else muon['steps_to_target']}" in done.stdout
     assert nowcast["hook"]["patched"] >= 2, nowcast["hook"]
     assert not nowcast["hook"]["failed"]
     # The third training ran to its end although the service was killed under it.

@@ -1,4 +1,4 @@
-"""``nowcast demo``: train a small network alone, nowcast, and nowcast while the service is killed and restarted."""
+"""``nowcast demo``: train a small network alone, nowcast, nowcast while the service is killed, and with Muon."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def demo(
     checkpoint: Annotated[str | None, typer.Option(help="Name or path; the shipped one by default.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Predictor; what the checkpoint is for by default.")] = None,
 ) -> None:
-    """Train a small network three times from one seed: alone, nowcast, and nowcast while the service dies half-way.
+    """Train a small network four times from one seed: alone, nowcast, nowcast while the service dies half-way, and
+    alone with Muon, the strongest recipe known here, so that it is seen what nowcasts on AdamW are worth beside it.
 
     The service and every training are processes of their own. Prints a table, and last the path of a picture of the
     loss curves.
@@ -75,10 +76,11 @@ def demo(
         "predictor": predictor,
     }
     common = {name: str(value) for name, value in chosen.items() if value is not None}
-    alone, nowcast, killed = trainings = [
+    alone, nowcast, killed, muon = trainings = [
         Training("alone", "alone"),
         Training("nowcast", "nowcast"),
         Training("killed", "nowcast, service killed"),
+        Training("muon", "Muon, alone"),
     ]
     # One thread for the service: the trainer has one as well, and neither takes the other's core on a small machine.
     settings = {"threads": "1", **({"checkpoint": checkpoint} if checkpoint else {})}
@@ -95,6 +97,7 @@ def demo(
 
             run(killed, {**common, "mode": "on", "url": server.url}, out, show)
             accident.over()
+        run(muon, {**common, "mode": "off", "optimizer": "muon"}, out, shown.update)
     picture = (out / "loss.png").resolve()
     (out / "results.json").write_text(json.dumps(report.numbers(trainings), indent=1) + "\n")
     plot.draw(trainings, picture)

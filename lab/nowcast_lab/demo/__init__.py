@@ -1,1 +1,1 @@
-"""``nowcast demo``: one training three times, alone and nowcast, and what came of it."""
+"""``nowcast demo``: one training four times, alone, nowcast and with the strongest recipe, and what came of it."""

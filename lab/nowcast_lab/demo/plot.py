@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 
 from nowcast_lab.demo.training import Training
 
-# Dark grey for the baseline, two hues that stay apart for colour-blind eyes and on paper.
-COLOURS = ("#444444", "#0072b2", "#d55e00")
+# Dark grey for the baseline, three hues that stay apart for colour-blind eyes and on paper.
+COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73")
 MARKS = {"kept": ("^", "nowcast kept"), "rolled_back": ("X", "nowcast rolled back")}
 ROOM = 0.06
 """Share of the height left free below the curves."""
@@ -45,8 +45,8 @@ def draw(trainings: list[Training], path: Path) -> None:
         about = trainings[0].about
         by_step.set(xlabel="optimizer steps", ylabel=f"held-out loss ({about['unit']})")
         by_time.set(xlabel="wall-clock time of the training (s)")
-        figure.legend(handles=_legend(trainings), loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(f"{about['about']}, three times from the same seed", fontsize=10.5)
+        figure.legend(handles=_legend(trainings), loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(f"{about['about']}, {len(trainings)} times from the same seed", fontsize=10.5)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

@@ -32,6 +32,8 @@ Emit = Callable[[dict[str, Any]], object]
 
 SMOOTHING = 0.98
 """Weight of the past in the training loss that is shown."""
+MUON_RATE = 0.02
+"""Peak rate of Muon, its usual one: nobody has swept it here."""
 WARM_UP = 100
 """Steps until the peak rate."""
 TASKS: dict[str, Callable[[], Task]] = {"letters": letters, "text": code}
@@ -54,6 +56,7 @@ class Job:
         mode: ``on``, ``shadow`` or ``off`` (alone, nothing attached).
         url: Where the service is.
         predictor: Predictor to ask for; the service's own choice when None.
+        optimizer: ``adamw``, or ``muon`` for hidden matrices and kernels beside AdamW for the rest.
     """
 
     task: str = "letters"
@@ -67,6 +70,7 @@ class Job:
     mode: Mode = "off"
     url: str | None = None
     predictor: str | None = None
+    optimizer: str = "adamw"
 
 
 def share_of_peak(step: int, steps: int) -> float:
@@ -93,8 +97,8 @@ def train(job: Job, emit: Emit) -> float:
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     model = task.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=task.betas, weight_decay=task.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak(step, steps))
+    optimizers = _optimizers(job, task, model, rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: share_of_peak(step, steps)) for one in optimizers]
     order = torch.Generator().manual_seed(job.seed)
     size = sum(p.numel() for p in model.parameters())
     emit(
@@ -117,7 +121,7 @@ def train(job: Job, emit: Emit) -> float:
     smooth, measuring, measured = math.nan, 0.0, math.nan
     with attach(
         model,
-        optimizer,
+        optimizers,
         url=job.url,
         period=job.period,
         total_steps=steps,
@@ -129,13 +133,14 @@ def train(job: Job, emit: Emit) -> float:
         start = time.perf_counter()
         for step in range(1, steps + 1):
             loss = task.loss(model, task.draw(task.batch, order))
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             if task.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             handle.observe(loss)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             value = loss.item()
             smooth = value if step == 1 else SMOOTHING * smooth + (1 - SMOOTHING) * value
             if step % job.every == 0 or step == steps:
@@ -156,6 +161,20 @@ def train(job: Job, emit: Emit) -> float:
         report = handle.summary()
     emit({"event": "end", "seconds": seconds, "held_out": measured, "report": report})
     return measured
+
+
+def _optimizers(job: Job, task: Task, model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    rest = list(model.parameters())
+    made: list[torch.optim.Optimizer] = []
+    if job.optimizer == "muon":
+        from nowcast_lab.evaluate.optimizers import KernelMuon
+        from nowcast_lab.metatrain.zoo import hidden_matrices
+
+        names = hidden_matrices(model)
+        hidden = [p for name, p in model.named_parameters() if name in names]
+        rest = [p for name, p in model.named_parameters() if name not in names]
+        made = [KernelMuon(hidden, lr=MUON_RATE, weight_decay=task.weight_decay)]
+    return [torch.optim.AdamW(rest, lr=rate, betas=task.betas, weight_decay=task.weight_decay), *made]
 
 
 def _told(happened: Event) -> dict[str, Any]:
@@ -194,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name.replace("-", "_")), help=told)
     parser.add_argument("--mode", choices=("on", "shadow", "off"), default="on", help="off trains alone (%(default)s)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=defaults.optimizer, help="(%(default)s)")
     parser.add_argument("--url", help="the service (default: NOWCAST_URL, then its usual port on this machine)")
     parser.add_argument("--predictor", help="the service's predictor (default: its own choice)")
     parser.add_argument("--events", action="store_true", help="one JSON object per line on stdout")
