@@ -21,7 +21,7 @@ def bench():
 
 
 def test_our_graph_tells_the_permutations_apart_and_a_naive_one_does_not(bench, tmp_path):
-    outcomes = bench.experiment(repeats=2)
+    outcomes = bench.experiment(repeats=6)
     kept = [outcome for outcome in outcomes if outcome.function < 1e-9]
     broken = [outcome for outcome in outcomes if outcome.function > 1e-2]
     assert {outcome.kind for outcome in kept} == {"whole heads", "q and k inside heads", "v inside heads"}
@@ -29,5 +29,8 @@ def test_our_graph_tells_the_permutations_apart_and_a_naive_one_does_not(bench, 
     assert max(outcome.ours for outcome in kept) < 1e-10
     assert min(outcome.ours for outcome in broken) > 1e-6
     assert max(outcome.naive for outcome in outcomes) < 1e-10  # blind to all of them
+    apart = bench.told_apart(outcomes)
+    assert apart["ours"] == 1.0
+    assert apart["naive"] < 0.8
     bench.plot(outcomes, tmp_path / "permutation.png")
     assert imread(tmp_path / "permutation.png").std() > 0.05
