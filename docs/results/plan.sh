@@ -102,6 +102,23 @@ for part in "$@"; do
         for n in 400 1000 2000 4000; do run choose-conv "defaults-$n" 3 "$n"; done
         for n in 600 1200 2400; do run choose-gpt2 "defaults-text-$n" 3 "$n"; done
         ;;
+    # the seed paper's tasks and protocol, for whoever has their data (DATA names its folder): 10,000 steps, 14,000 on WikiText; then how
+    # far apart snapshots lie whatever the period, and fixed horizons against decaying ones
+    paper-images)
+        for t in FM-16 C10-16 FM-32 C10-32 C100-32; do
+            run "$t" paper-adamw 5 10000 --data "$DATA"
+            run "$t" paper-nowcasts 5 10000 --data "$DATA"
+        done
+        ;;
+    paper-text)
+        for t in LM1B/3-24 LM1B/2-32 LM1B/3-64; do
+            run "$t" paper-adamw 5 10000 --data "$DATA"
+            run "$t" paper-nowcasts 5 10000 --data "$DATA"
+        done
+        run Wiki/3-64 paper-adamw 5 14000 --data "$DATA"
+        run Wiki/3-64 paper-nowcasts 5 14000 --data "$DATA"
+        ;;
+    paper-settings) run C10-16 paper-settings 5 10000 --data "$DATA" ;;
     *)
         echo "no part is called $part" >&2
         exit 1

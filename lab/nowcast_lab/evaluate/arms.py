@@ -44,6 +44,8 @@ class Arm(BaseModel):
         betas: Of AdamW, SOAP and schedule-free; the library's own by default.
         weight_decay: Of the optimizer.
         clip: Largest norm of a gradient.
+        nesterov: EMA-Nesterov's lookahead; 0 is without it.
+        nesterov_decay: Of the average of the steps that it looks along.
         init: Initial weights.
         average: Which weights are evaluated; all three ways are in every line of results.
         ema_span: Share of the run that the exponential average reaches back.
@@ -74,6 +76,8 @@ class Arm(BaseModel):
     betas: tuple[Beta, Beta] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: PositiveFloat | None = None
+    nesterov: Annotated[float, Field(ge=0)] = 0.0
+    nesterov_decay: Share = 0.99
     init: Init = "torch"
     average: Average = "none"
     ema_span: Annotated[float, Field(gt=0, le=1)] = 0.02
@@ -105,6 +109,8 @@ class Arm(BaseModel):
     def method(self) -> str:
         """A short name for tables, without seed, learning rate and schedule."""
         base = NAMES[self.optimizer]
+        if self.nesterov:
+            base += f", EMA-Nesterov {self.nesterov:g} ({self.nesterov_decay:g})"
         if self.average != "none":
             base += f", {self.average.upper()}"
         if self.init != "torch":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nowcast_lab.evaluate.arms import Arm
 from nowcast_lab.metatrain.vector import learning_rate
@@ -46,11 +46,29 @@ class Optimizers:
     def __init__(self, arm: Arm, model: nn.Module, steps: int) -> None:
         self._arm, self._model, self._steps = arm, model, steps
         self.each = _make(arm, model)
+        self._trend: list[Tensor] = []
+        self._from: list[Tensor] = []
         self._peaks = [[float(group["lr"]) for group in one.param_groups] for one in self.each]
 
     def fraction(self, step: int) -> float:
         """Of the peak rate, after so many steps."""
         return learning_rate(self._arm.schedule, step, self._steps, round(self._arm.warmup * self._steps))
+
+    def look_ahead(self, step: int) -> None:
+        """Go to where the gradient of step number ``step``, from 0, is to be taken.
+
+        EMA-Nesterov (Yau et al., 2026): the optimizer steps from a point ahead, along the exponential average of the
+        steps so far; not in warm-up and not in the last fifth of a run, the phases it is left out of there.
+        """
+        ahead = self._arm.nesterov
+        if not ahead:
+            return
+        with torch.no_grad():
+            self._from = [p.detach().clone() for p in self._model.parameters()]
+            self._trend = self._trend or [torch.zeros_like(p) for p in self._from]
+            if self._arm.warmup * self._steps <= step < 0.8 * self._steps:
+                for p, trend in zip(self._model.parameters(), self._trend, strict=True):
+                    p.add_(trend, alpha=ahead)
 
     def step(self, step: int) -> None:
         """Step number ``step``, from 0, with the gradients there are."""
@@ -62,6 +80,9 @@ class Optimizers:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._arm.clip)
         for one in self.each:
             one.step()
+        with torch.no_grad():
+            for p, trend, old in zip(self._model.parameters(), self._trend, self._from, strict=False):
+                trend.lerp_(p - old, 1 - self._arm.nesterov_decay)
 
     def mode(self, *, training: bool) -> None:
         """Schedule-free optimizers hold other weights for training than for evaluation."""

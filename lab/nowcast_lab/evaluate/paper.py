@@ -21,13 +21,15 @@ def _vision(name: str, source: str, width: int, target: float, *, channels: int,
     return Task(name=name, arch=arch, source=source, steps=10_000, target=target, eval_every=100, eval_items=10_000)
 
 
-def _language(name: str, source: str, layers: int, dim: int, heads: int, perplexity: float) -> Task:
+def _language(
+    name: str, source: str, layers: int, dim: int, heads: int, perplexity: float, *, steps: int = 10_000
+) -> Task:
     return Task(
         name=name,
         arch=Arch(kind="gpt2", dim=dim, layers=layers, heads=heads, context=1024, vocabulary=GPT2_TOKENS),
         source=f"{source}:gpt2",
         batch=32,
-        steps=10_000,
+        steps=steps,
         metric="loss",
         target=math.log(perplexity),
         eval_every=500,
@@ -42,7 +44,7 @@ PAPER_TASKS = (
     _language("lm1b-3-24", "lm1b", 3, 24, 3, 352.0),
     _language("lm1b-2-32", "lm1b", 2, 32, 4, 319.0),
     _language("lm1b-3-64", "lm1b", 3, 64, 4, 181.0),
-    _language("wiki-3-64", "wikitext103", 3, 64, 4, 147.0),
+    _language("wiki-3-64", "wikitext103", 3, 64, 4, 147.0, steps=14_000),
     Task(
         name="llama-111m",
         arch=Arch(kind="llama", dim=384, layers=8, heads=6, kv_heads=2, context=1024, vocabulary=LLAMA_TOKENS),

@@ -228,6 +228,7 @@ def run(
     for step in range(1, steps + 1):
         inputs, targets = next(stream)
         began = time.perf_counter()
+        optimizers.look_ahead(step - 1)
         output = model(inputs)
         loss = cross_entropy(output.reshape(-1, output.shape[-1]), targets.reshape(-1))
         model.zero_grad(set_to_none=True)

@@ -111,6 +111,27 @@ def test_where_many_nowcasts_are_planned_the_first_on_trial_are_small(verdict: s
         assert torch.allclose(new, old + moved, atol=1e-5)
 
 
+def test_ema_nesterov_steps_from_a_point_ahead_along_the_average_of_its_steps() -> None:
+    """Against the rule written out, with gradient descent on half a parabola."""
+    arm = Arm(optimizer="sgd", lr=0.1, weight_decay=0.0, nesterov=2.0, nesterov_decay=0.5, warmup=0.2)
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    made, w, trend, momentum = Optimizers(arm, model, 10), 1.0, 0.0, 0.0
+    for step in range(10):
+        made.look_ahead(step)
+        model.zero_grad()
+        (model.weight**2 / 2).sum().backward()
+        made.step(step)
+        ahead = w + (2.0 * trend if 2 <= step < 8 else 0.0)
+        momentum = ahead if step == 0 else 0.9 * momentum + ahead  # of the gradient, as torch's SGD has it
+        new = ahead - 0.1 * made.fraction(step) * momentum
+        trend, w = 0.5 * trend + 0.5 * (new - w), new
+        assert model.weight.item() == pytest.approx(w, abs=1e-6)
+    assert run(TASK, Arm(nesterov=1.0), 1, load("digits"), None, steps=40)["final"] > 0
+    assert "EMA-Nesterov 2 (0.5)" in arm.method
+
+
 class Creeping(Harmful):
     """Makes an untrained network a little surer of its guesses at every nowcast."""
 

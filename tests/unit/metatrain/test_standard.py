@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nowcast_lab.evaluate.arms import Arm
+from nowcast_lab.evaluate.arms import Arm, read_arms
 from nowcast_lab.evaluate.paper import PAPER_TASKS, task
 from nowcast_lab.evaluate.run import run
 from nowcast_lab.metatrain.data import Images, Text, corpus_of, load
@@ -187,6 +187,12 @@ def test_a_step_of_a_paper_s_task(name: str, write: Callable[[Path], None], tmp_
     made = made.model_copy(update={"batch": 8, "eval_every": 2, "arch": made.arch.model_copy(update={"layers": 1})})
     line = run(made, Arm(), 1, load(made.source, str(tmp_path)), None, steps=2)
     assert 0 <= line["final"] <= 100
+
+
+@pytest.mark.parametrize("name", ["paper-adamw", "paper-nowcasts", "paper-settings"])
+def test_the_paper_s_arms_can_be_read(name: str) -> None:
+    arms = read_arms(Path(__file__).parents[3] / "docs" / "results" / "arms" / f"{name}.json")
+    assert len(set(arms)) == len(arms) > 1
 
 
 def test_a_step_on_text_that_is_never_repeated() -> None:
