@@ -1,8 +1,8 @@
 """What a hostile spec costs everybody else: ``python -m tests.e2e.hostile`` prints a table.
 
 Each input is a few hundred bytes to eight megabytes of what a stranger may send: wirings with enormous or degenerate
-graphs, long bodies, long heads of streams, right and wrong. While it is worked on, by several senders at once, another
-client asks for /healthz and for small nowcasts, and the memory of the service is watched.
+graphs, long bodies, long heads of streams, right and wrong. While it is worked on (for several senders at once with
+``--senders``), another client asks for /healthz and for small nowcasts, and the memory of the service is watched.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ def attack(server: Server, one: Input, senders: int) -> Row:
     return row
 
 
-def run(folder: Path, scale: float = 1.0, senders: int = 2, only: str = "") -> list[Row]:
+def run(folder: Path, scale: float = 1.0, senders: int = 1, only: str = "") -> list[Row]:
     """All inputs, one after the other, against one service."""
     server = Server(folder, {"NOWCAST_CACHE": "", "NOWCAST_CHECKPOINT": "nowcast-h64"}).start()
     rows = []
@@ -357,7 +357,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="part of their full size the inputs have")
-    parser.add_argument("--senders", type=int, default=2, help="clients that send an input at once")
+    parser.add_argument("--senders", type=int, default=1, help="clients that send an input at once")
     parser.add_argument("--only", default="", help="inputs whose names hold this")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

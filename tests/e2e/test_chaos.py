@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.socket, pytest.mark.kill, pytest.mark.slow]
 
 
 def test_trainings_end_as_if_alone_whatever_becomes_of_the_service(tmp_path: Path) -> None:
-    found = chaos.run(30.0, 0, tmp_path)
+    found = chaos.run(1.0, 0, tmp_path)
     assert not found.wrong
     assert len(found.trainings) == chaos.TRAININGS
     assert len(found.faults) == 5

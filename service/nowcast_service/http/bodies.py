@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from nowcast_service.runtime.long_messages import no_collection
 from nowcast_service.runtime.service import Service
 
 LEAST_RATE = 4096
@@ -150,6 +151,10 @@ async def receive_stream(request: Request, decoder: Decoder, *, idle: float, cou
         for piece in batch:
             decoder.feed(piece)
 
+    def begin(piece: bytes) -> None:
+        with no_collection():
+            decoder.feed(piece)
+
     batch: list[bytes] = []
     size = 0
     feeding: asyncio.Future[None] | None = None
@@ -159,7 +164,7 @@ async def receive_stream(request: Request, decoder: Decoder, *, idle: float, cou
             async for piece in stream:
                 count(len(piece))
                 if decoder.header is None:
-                    feeding = asyncio.ensure_future(asyncio.to_thread(feed, [piece]))
+                    feeding = asyncio.ensure_future(asyncio.to_thread(begin, piece))
                     await asyncio.shield(feeding)
                     digesting = _digesting(decoder)
                     continue

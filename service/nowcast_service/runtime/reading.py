@@ -13,7 +13,7 @@ from typing import TypeVar
 from nowcast_proto.errors import ErrorBody, NowcastError, TooLarge, Unavailable
 from pydantic import BaseModel
 
-from nowcast_service.runtime.long_messages import put_together
+from nowcast_service.runtime.long_messages import no_collection, put_together
 from nowcast_service.runtime.spec_nursery import Nursery, receive
 from nowcast_service.runtime.spec_orders import LENGTH, reading_of
 
@@ -89,7 +89,8 @@ class Reader:
         head = bytes(receive(link, _length(link, most, end), end))
         if kind == b"X":
             raise NowcastError.from_body(ErrorBody.model_validate_json(head))
-        return put_together(model, head, _pieces(receive(link, _length(link, most, end), end)))
+        with no_collection():
+            return put_together(model, head, _pieces(receive(link, _length(link, most, end), end)))
 
 
 def _length(link: socket.socket, most: int, end: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from nowcast_proto.errors import InvalidRequest, InvalidSpec, NowcastError, TooL
 from nowcast_proto.messages import SessionCreate, Verdict
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_service.runtime import reading
-from nowcast_service.runtime.long_messages import in_pieces
+from nowcast_service.runtime.long_messages import in_pieces, no_collection, put_together
 from nowcast_service.runtime.reading import Reader
 from nowcast_service.runtime.spec_nursery import Nursery
 
@@ -105,3 +106,20 @@ def test_pieces_are_short() -> None:
     """None holds up the interpreter that puts them together."""
     _, pieces = in_pieces(SessionCreate, json.dumps({"spec": json.loads(LONG.canonical())}).encode())
     assert len(pieces) == 3
+
+
+def test_nothing_is_collected_while_any_is_read() -> None:
+    assert gc.isenabled()
+    with no_collection():
+        with no_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_entries_share_the_names_of_their_fields() -> None:
+    """They would be half of what a long spec takes."""
+    rest, pieces = in_pieces(SessionCreate, json.dumps({"spec": json.loads(LONG.canonical())}).encode())
+    found = put_together(SessionCreate, rest, map(memoryview, pieces))
+    assert len({id(one.model_fields_set) for one in found.spec.parameters}) == 1
+    assert found.spec == LONG
