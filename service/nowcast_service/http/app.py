@@ -108,12 +108,16 @@ class Gate:
             if not status:
                 error = Unavailable("the service is gone before the answer was there", retry_after=5.0)
                 await error_response(error)(scope, receive, watched)
-        except Exception:  # the last resort; the traceback goes to the log, never to the peer
-            log.exception("a request failed")
-            scope["nowcast_error"] = InternalError.code
+        except Exception as exc:  # the last resort; the traceback goes to the log, never to the peer
+            failed: NowcastError = InternalError("the request failed inside the service", remedy="see its log")
+            if isinstance(exc, MemoryError) or "can't start new thread" in str(exc):
+                failed = Unavailable("the machine is short of memory", remedy="lower NOWCAST_BUDGET", retry_after=2.0)
+                log.error("a request failed for want of memory: %r", exc)
+            else:
+                log.exception("a request failed")
+            scope["nowcast_error"] = failed.code
             if status:
                 raise  # the answer has begun: only cutting the connection tells the peer
-            failed = InternalError("the request failed inside the service", remedy="see its log")
             await error_response(failed)(scope, receive, watched)
         finally:
             self._note(scope, method, status, time.monotonic() - began)

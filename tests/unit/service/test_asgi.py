@@ -13,6 +13,7 @@ from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Encoder
 from nowcast_proto.version import MEDIA_TYPE
 from nowcast_service.http.app import create_app
+from nowcast_service.runtime.keys import KeyRing
 from nowcast_service.settings import Settings
 
 
@@ -65,5 +66,26 @@ def test_bodies_are_bytes(method: str, path: str):
         assert status == 200
         assert {type(piece) for piece in pieces} == {bytes}
         assert bool(b"".join(pieces)) == (method != "HEAD")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(MemoryError(), 503), (RuntimeError("can't start new thread"), 503), (RuntimeError("a fault"), 500)],
+    ids=["memory", "threads", "a fault of ours"],
+)
+def test_want_of_memory_is_no_fault(error: Exception, status: int, monkeypatch: pytest.MonkeyPatch):
+    """It passes, and the client may try again; anything else is a fault."""
+
+    async def main() -> None:
+        app = create_app(Settings(predictor="linear"))
+
+        def fails(ring: KeyRing, key: str | None) -> str:
+            raise error
+
+        monkeypatch.setattr(KeyRing, "tenant", fails)
+        async with app.router.lifespan_context(app):
+            assert (await call(app, "GET", "/metrics"))[0] == status
 
     asyncio.run(main())
