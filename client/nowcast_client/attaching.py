@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, get_args
 
 import torch
+from nowcast_proto.errors import UnsupportedArchitecture
 from nowcast_proto.messages import NowcastJob
 from nowcast_proto.rules.verdict import TrialSettings
 from nowcast_proto.spec import ArchitectureSpec
@@ -28,8 +29,10 @@ from nowcast_client.loop.reports import About, Reports
 from nowcast_client.loop.steps import Steps
 from nowcast_client.loop.trial import Trials, fitted
 from nowcast_client.loop.windows import Windows
+from nowcast_client.loop.wiring import Wirer, whole
 from nowcast_client.network.adapters import ADAPTER_PREDICTOR, ADAPTERS_WATCHED, adapter_spec
 from nowcast_client.network.derive import derive_spec
+from nowcast_client.network.named import UNKNOWN_FAMILY
 from nowcast_client.settings import ByName, Cadence, Connection, Mode, Patching, merged, refuse_unknown
 from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, innermost
 from nowcast_client.tensors.snapshot import Ring
@@ -47,12 +50,21 @@ log = logging.getLogger("nowcast")
 
 
 class _Network(NamedTuple):
-    """What is told to the service about the model, and how it is found out anew (None where the caller said it)."""
+    """What is told to the service about the model, and how it is found out anew (None where the caller said it).
+
+    ``traced``: it is wired from its first forward pass. Of an unknown network ``spec`` says no more than its tensors.
+    """
 
     spec: ArchitectureSpec
     predictor: str | None
     mode: Mode
-    derive: Callable[[], ArchitectureSpec] | None
+    derive: Callable[[], ArchitectureSpec] | None = None
+    traced: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether more than the tensors is known."""
+        return self.spec.family != UNKNOWN_FAMILY
 
 
 def attach(
@@ -95,7 +107,8 @@ def attach(
         metrics: Called with numbers and the step, for a logger of your choice (see `nowcast_client.loggers`).
         schedule: When snapshots are taken and nowcasts made.
         patching: How a nowcast is taken.
-        spec: The architecture, where it cannot be derived from the model.
+        spec: The architecture, where it is not to be found out from the model: by default the first forward pass of
+            the training is traced, and the wiring proven on the live weights before anything is patched.
         settings: Single fields of `Connection`, `Cadence` and `Patching` by name (``wait=60``), and what
             `nowcast_client.network.derive.derive_spec` takes (``include_frozen=True``, ``table="network.json"``).
 
@@ -104,7 +117,7 @@ def attach(
 
     Raises:
         AttachError: Something here can never work; nothing has been attached.
-        UnsupportedArchitecture: No spec can be derived from the model.
+        UnsupportedArchitecture: The model has no parameters, or its weights are sharded and its names tell no family.
         InvalidSpec: The table is malformed.
         UnreadableFile: The table cannot be read.
     """
@@ -150,7 +163,7 @@ def attach(
         way = _transport(connection) if chosen != "off" and speaks else None
         open_ = partial(_open, way, connection, job, patching.patch_bound, cadence.context) if way is not None else None
         steps = Steps(optimizers, at_once=ranks is not None)
-        windows = Windows(open_, network.spec, patcher.layout, cadence.context)
+        windows = Windows(open_, network.spec, patcher.layout, cadence.context, at_once=network.known)
         people = None
         if way is not None and connection.report:
             about = About.of(model, optimizers[-1], connection.name, every, total_steps)
@@ -168,6 +181,10 @@ def attach(
             patching,
             job,
         )
+        if network.traced and speaks:
+            frozen = settings.get("include_frozen", False)
+            named = job.predictor is not None
+            work.wirer = Wirer(model, known=network.known, alone=ranks is None, graphless=named, include_frozen=frozen)
         return work, way
 
     if ranks is None:
@@ -237,11 +254,17 @@ def _network(
         log.warning("%s", doubt)
     mode = doubtful if doubt else mode
     if spec is not None:
-        return _Network(spec, None, mode, None)
+        return _Network(spec, None, mode)
     if adapters is not None and table is None and not frozen:
-        return _Network(adapters, ADAPTER_PREDICTOR, mode, None)
+        return _Network(adapters, ADAPTER_PREDICTOR, mode)
     derive = partial(derive_spec, model, include_frozen=frozen, table=table)
-    return _Network(derive(), None, mode, derive)
+    traced = table is None and mode != "off" and whole(model)
+    try:
+        return _Network(derive(), None, mode, derive, traced)
+    except UnsupportedArchitecture:
+        if not traced:
+            raise
+    return _Network(derive_spec(model, include_frozen=True, unknown="edgewise"), None, mode, None, traced)
 
 
 def _open(

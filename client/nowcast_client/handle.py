@@ -207,6 +207,8 @@ class Handle:
         self._closed = True
         atexit.unregister(self.close)
         self._hooks.remove()
+        if work.wirer is not None:
+            work.wirer.close()
         for optimizer in work.patcher.optimizers:
             if _attached.get(optimizer) is self:
                 del _attached[optimizer]

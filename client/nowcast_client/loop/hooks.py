@@ -88,6 +88,8 @@ class Hooks:
                     work.patcher.average.update()
                 if self._idle:
                     return
+                if work.wirer is not None:
+                    work.wirer.settle(work)
                 tell_people(work)
                 work.steps.due = True
                 if work.cadence.acts == "after_step":

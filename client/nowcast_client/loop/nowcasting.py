@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 from nowcast_proto.messages import NowcastJob
 from nowcast_proto.rules.verdict import Verdict
@@ -21,6 +22,9 @@ from nowcast_client.settings import Cadence, Mode, Patching
 from nowcast_client.tensors.patch import Patch
 from nowcast_client.wire.session import mint
 from nowcast_client.wire.uploader import Arrived, Failed, Uploaded
+
+if TYPE_CHECKING:
+    from nowcast_client.loop.wiring import Wirer
 
 log = logging.getLogger("nowcast")
 WRITTEN = "the weights were written between two steps"
@@ -44,10 +48,12 @@ class Nowcasting:
 
     Attributes:
         agreement: Decides when; set once it is known.
+        wirer: Finds out how the network is wired; None once that is settled.
         last_snapshot: Step of the newest snapshot.
     """
 
     agreement: Agreement
+    wirer: Wirer | None = None
 
     def __init__(
         self,

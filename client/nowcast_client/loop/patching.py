@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nowcast_client.errors import AttachError
+from nowcast_client.network.modules import tensors_of
 from nowcast_client.tensors.average import Average
 from nowcast_client.tensors.copies import Copies
 from nowcast_client.tensors.layout import Layout, fingerprint, layout_of, stirring
@@ -107,6 +109,20 @@ class Patcher:
             return ""
         changed, self.layout = self.layout.change_to(live), live
         return changed
+
+    def rewire(self, spec: ArchitectureSpec) -> None:
+        """The network turned out to be wired otherwise than it was taken to be.
+
+        Raises:
+            AttachError: See `nowcast_client.tensors.layout.layout_of`.
+        """
+        self.layout = layout_of(self._model, self.optimizers, spec, sharded=self._sharded)
+        self.spec, self._derive = spec, None
+
+    def network(self) -> str:
+        """Names and shapes of all tensors as a digest, however they are wired."""
+        shapes, _, _ = tensors_of(self._model)
+        return hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
 
     def follow(self, optimizers: Sequence[Optimizer], outermost: Sequence[object]) -> None:
         """Go on with other optimizers of the same parameters; ``outermost`` as for the first ones.

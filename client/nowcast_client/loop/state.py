@@ -9,7 +9,7 @@ from typing import Any
 from nowcast_client.errors import AttachError
 from nowcast_client.loop.nowcasting import Nowcasting
 
-VERSION = 1
+VERSION = 2
 
 
 def state_dict(work: Nowcasting) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def state_dict(work: Nowcasting) -> dict[str, Any]:
         "version": VERSION,
         "step": work.steps.step,
         "mode": work.mode,
-        "spec": work.patcher.spec.digest(),
+        "network": work.patcher.network(),
         "last_snapshot": work.last_snapshot,
         "harm_steps": work.report.harm_steps,
         "counts": dict(work.report.counts),
@@ -36,9 +36,10 @@ def load_state_dict(work: Nowcasting, state: Mapping[str, Any]) -> None:
     """
     if state.get("version") != VERSION:
         raise AttachError(f"state of version {state.get('version')!r}", expected=f"version {VERSION}")
-    digest = work.patcher.spec.digest()
-    if state["spec"] != digest:
-        raise AttachError("the state was saved for another network", expected=f"spec digest {digest}")
+    if state["network"] != work.patcher.network():
+        raise AttachError(
+            "the state was saved for another network", expected="the same parameters, of the same names and shapes"
+        )
     work.agreement.forget()
     work.patcher.watch.forget()
     work.steps.resume(int(state["step"]))

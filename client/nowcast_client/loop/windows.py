@@ -26,6 +26,7 @@ class Windows:
         spec: What travels.
         layout: The live parameters.
         context: Snapshots per nowcast.
+        at_once: Open the session now; else `open` does, once it is known how the network is wired.
 
     Attributes:
         ring: Where snapshots lie; None without a service.
@@ -35,9 +36,12 @@ class Windows:
         asked_at: Step of its last snapshot.
         arrived: A nowcast that has not been used yet.
         upload_bytes: Bytes of snapshots sent.
+        in_one_piece: See `nowcast_client.wire.uploader.Uploader`.
     """
 
-    def __init__(self, open_: Open | None, spec: ArchitectureSpec, layout: Layout, context: int) -> None:
+    def __init__(
+        self, open_: Open | None, spec: ArchitectureSpec, layout: Layout, context: int, *, at_once: bool = True
+    ) -> None:
         self.ring: Ring | None = None
         self.uploader: Uploader | None = None
         self.current = Window()
@@ -48,19 +52,35 @@ class Windows:
         self._open = open_
         self._context = context
         self._spec = spec
-        if open_ is not None:
-            self.ring, self.uploader = open_(spec, layout)
+        self.in_one_piece = False
+        if at_once:
+            self.open(spec, layout)
+
+    def open(self, spec: ArchitectureSpec, layout: Layout) -> None:
+        """Open a session for a network: the first one, or one in place of another's."""
+        if self._open is None:
+            return
+        if self.uploader is not None:
+            self.abandon()
+            self.drop()
+            self.uploader.close(0.0)
+        self.ring, self.uploader = self._open(spec, layout)
+        self.uploader.in_one_piece = self.in_one_piece
+        self._spec = spec
+
+    def proven(self, share: float | None) -> None:
+        """Tell the coverage report which share of the elements is proven; None where nothing was tried."""
+        if self.uploader is not None:
+            self.uploader.prove(share)
 
     def follow(self, spec: ArchitectureSpec, layout: Layout) -> None:
         """Parameters were replaced: start again, with a session of its own where the network is another."""
         self.abandon()
         self.drop()
-        if self.uploader is None or self._open is None:
+        if self.uploader is None:
             return
         if spec != self._spec:
-            self.uploader.close(0.0)
-            self.ring, self.uploader = self._open(spec, layout)
-            self._spec = spec
+            self.open(spec, layout)
         self.uploader.layout = layout
 
     @property

@@ -133,9 +133,15 @@ def _chain(wiring: ExplicitWiring) -> str:
     for block in wiring.blocks:
         if block.parameter is None:
             return f"neurons are joined by links of type {block.type!r}"
-    fixed = [one for one in wiring.ranges if one.fixed and one.size > 1]
-    if len(fixed) > 2:
-        return f"neurons {fixed[1].name!r} have places of their own"
+    layers = [block for block in wiring.blocks if block.type not in ("norm", "other")]
+    for one, first in zip(wiring.ranges, wiring.firsts(), strict=True):
+        met = {
+            block.parameter
+            for block in layers
+            if first <= block.source < first + one.size or first <= block.target < first + one.size
+        }
+        if one.fixed and len(met) > 1:
+            return f"neurons {one.name!r} have places of their own"
     return ""
 
 

@@ -82,8 +82,11 @@ def _flow(bare: Any, order: list[str]) -> str:
     """What keeps data from flowing through the layers one after another; empty where nothing does."""
     from torch import fx
 
+    from nowcast_client.network.tracing.restoring import untouched
+
     try:
-        trace = fx.symbolic_trace(bare)
+        with untouched(bare):
+            trace = fx.symbolic_trace(bare)
     except Exception as error:  # whatever a forward of somebody else's raises when its input is no tensor
         return f"its forward cannot be traced ({type(error).__name__}), so what lies between its layers is not known"
     layers = set(order)

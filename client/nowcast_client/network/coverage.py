@@ -11,12 +11,13 @@ SHOWN = 8
 """Parameters outside the graph that the table names."""
 
 
-def lines(report: CoverageReport, family: str) -> str:
+def lines(report: CoverageReport, family: str, proven: float | None = None) -> str:
     """The table, one line per treatment, then the parameters outside the graph and why.
 
     Args:
         report: What the service said.
         family: How the network was wired.
+        proven: Share of the elements whose wiring was tried on the live network; None where none was.
     """
     total = sum(report.elements.values())
     rows = [f"coverage of family {family}:"]
@@ -24,6 +25,8 @@ def lines(report: CoverageReport, family: str) -> str:
         elements = report.elements.get(rule, 0)
         share = 100 * elements / max(1, total)
         rows.append(f"  {_FATE.get(rule, rule):<17} {count:>6} parameters  {elements:>15,} elements  {share:6.2f} %")
+    if proven is not None:
+        rows.append(f"  {'proven':<17} {'':>6}             {'':>15}           {100 * proven:6.2f} %")
     rows += [f"    {entry.parameter}: {entry.reason}" for entry in report.outside[:SHOWN]]
     unnamed = sum(count for rule, count in report.parameters.items() if rule != "graph") - len(report.outside[:SHOWN])
     if unnamed > 0:

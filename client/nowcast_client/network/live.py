@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nowcast_client.network.tracing.recording import outputs_of
+from nowcast_client.network.tracing.restoring import seed_anew
 
 EXACT = 1e-8
 """Relative change of the outputs that is rounding, in float64."""
@@ -41,6 +42,8 @@ class Network:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None, seed: int = 0
     ) -> None:
         self._model, self._dtype = model, dtype
+        devices = {parameter.device for parameter in model.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else None  # wrappers take inputs from elsewhere
         self._args, self._kwargs = self._cast((tuple(args), dict(kwargs)))
         self.forwards = 0
         self.reference: list[Tensor] = []
@@ -65,9 +68,10 @@ class Network:
 
     def _cast(self, value: Any) -> Any:
         def cast(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and self._dtype is not None:
-                return leaf.to(self._dtype)
-            return leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = leaf.detach() if self._device is None else leaf.detach().to(self._device)
+            return leaf.to(self._dtype) if leaf.is_floating_point() and self._dtype is not None else leaf
 
         return tree_map(cast, value)
 
@@ -77,10 +81,9 @@ class Network:
         devices = sorted({tensor.get_device() for tensor in self.tensors.values() if tensor.is_cuda})
         with (
             torch.set_grad_enabled(gradients),
-            torch.random.fork_rng(devices=devices),
             sdpa_kernel(SDPBackend.MATH),
         ):
-            torch.manual_seed(0)
+            seed_anew(devices)
             buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
             given = functional_call(self._model, {**self.tensors, **buffers}, self._args, self._kwargs)
         found = outputs_of(given)

@@ -25,7 +25,8 @@ from nowcast_client.network.live import Network, change_of, ready
 from nowcast_client.network.moving import carry, moved_elements, moves
 from nowcast_client.network.symmetries import Heads, classes, shuffled
 from nowcast_client.network.tracing.atoms import Ints
-from nowcast_client.network.tracing.recording import evaluating, untouched
+from nowcast_client.network.tracing.recording import evaluating
+from nowcast_client.network.tracing.restoring import untouched
 
 log = logging.getLogger("nowcast")
 
@@ -47,6 +48,7 @@ class Proof:
         forwards: Forward passes it took.
         seconds: Time it took.
         note: Why it was not tried, or in which precision it was.
+        broken: It was not tried as the network does not run beside its training, or gives other outputs each time.
     """
 
     wiring: ExplicitWiring
@@ -58,6 +60,7 @@ class Proof:
     forwards: int = 0
     seconds: float = 0.0
     note: str = ""
+    broken: bool = False
 
     @property
     def share(self) -> float:
@@ -94,7 +97,7 @@ def prove(
             network, tolerance, note = ready(model, args, kwargs or {}, elements, max_copy)
         except Exception as error:  # whatever a forward of somebody else's raises
             log.debug("the network cannot be tried", exc_info=True)
-            return Proof(wiring, False, 0, elements, note=f"the network cannot be tried: {error}")
+            return Proof(wiring, False, 0, elements, note=f"the network cannot be tried: {error}", broken=True)
         trial = _Trial(network, wiring, tolerance, seed)
         demoted = trial.run()
         blind = trial.blind() if not demoted else ()

@@ -131,8 +131,10 @@ class Together:
     def join(self) -> None:
         """Learn which rank holds what; collective, once all ranks have attached."""
         self._shards.learn(self._work.patcher.layout)
-        if self._work.windows.uploader is not None:
-            self._work.windows.uploader.in_one_piece = not self._shards.regions
+        windows = self._work.windows
+        windows.in_one_piece = not self._shards.regions
+        if windows.uploader is not None:
+            windows.uploader.in_one_piece = windows.in_one_piece
 
     # ------------------------------------------------------- what it is asked
 

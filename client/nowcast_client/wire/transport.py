@@ -106,6 +106,10 @@ class Transport(Protocol):
         ...
 
 
+_chance = random.Random()
+"""Its own, as the process's belongs to the training."""
+
+
 @dataclass(frozen=True)
 class Retry:
     """When and how often to try again.
@@ -127,7 +131,7 @@ class Retry:
         wanted = self.base * 2.0 ** (attempt - 1)
         if error.retry_after is not None:
             wanted = max(wanted, error.retry_after)
-        return min(self.cap, wanted) * (1.0 + self.jitter * random.random())
+        return min(self.cap, wanted) * (1.0 + self.jitter * _chance.random())
 
 
 RETRYABLE = (TransportError, Busy, Unavailable, ChecksumMismatch, MalformedFrame, BadReply, InternalError)

@@ -110,6 +110,7 @@ class Uploader:
     Attributes:
         layout: What nowcasts are checked against.
         coverage: What the service does with each parameter, once it has said so.
+        share: Share of the elements that move under proven symmetries; None where none was tried.
         in_one_piece: Whether a nowcast's tensors are to lie in one stretch of memory, for a broadcast.
     """
 
@@ -133,6 +134,7 @@ class Uploader:
         self._patch_bound = patch_bound
         self.in_one_piece = False
         self.coverage: CoverageReport | None = None
+        self.share: float | None = None
         self._current: Window | None = None
         self._hands = threading.Lock()  # held where a window is dropped, and where a slot of one begins to be read
         self._reading: tuple[Slot, ...] = ()
@@ -142,6 +144,12 @@ class Uploader:
         self._worker = Worker("nowcast-uploader", self.arrived, self._done, self._leave_service)
 
     # ------------------------------------------------- called by the trainer
+
+    def prove(self, share: float | None) -> None:
+        """The wiring has been tried on the live network; see ``share``."""
+        self.share = share
+        if self.coverage is not None and share is not None:
+            log.info("of these, %.2f %% of the elements are proven on the live network", 100 * share)
 
     def snapshot(self, window: Window, slot: Slot) -> None:
         """Send a snapshot. The slot is already in the window."""
@@ -320,7 +328,7 @@ class Uploader:
     def _note(self, report: CoverageReport | None) -> None:
         """Show once what the service does with each parameter."""
         if report is not None and self.coverage is None:
-            log.info("%s", coverage.lines(report, self.session.spec.kind))
+            log.info("%s", coverage.lines(report, self.session.spec.kind, self.share))
         self.coverage = report or self.coverage
 
     def _resume(self, window: Window) -> None:

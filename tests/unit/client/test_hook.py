@@ -553,7 +553,7 @@ def test_resume_without_the_service_history_starts_the_window_again() -> None:
 
 def test_state_of_another_network_is_refused() -> None:
     training = Training(FakeService(linear))
-    state = training.handle.state_dict() | {"spec": "0" * 32}
+    state = training.handle.state_dict() | {"network": "0" * 64}
     with pytest.raises(AttachError, match="another network"):
         training.handle.load_state_dict(state)
 

@@ -8,8 +8,6 @@ but constants of the code, buffers and whole-number inputs are computed all the 
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from nowcast_client.network.tracing.restoring import untouched
 
 log = logging.getLogger("nowcast")
 
@@ -185,10 +185,6 @@ _ITSELF: list[Tensor] = []
 """Stands for the result of the operation, where that is real."""
 
 
-def _devices(tensors: Mapping[str, Tensor]) -> list[int]:
-    return sorted({tensor.get_device() for tensor in tensors.values() if tensor.is_cuda})
-
-
 def _is_fake(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
@@ -226,30 +222,6 @@ def plain_kernels() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward keeps for later (attributes, cached functions) is not kept from this one.
-
-    What it would keep are tensors of the trace, of no use to a later step.
-    """
-    held = [
-        (own, dict(own))
-        for module in model.modules()
-        for own in (module.__dict__, *(value for value in module.__dict__.values() if isinstance(value, dict)))
-    ]
-    caches = [found for found in gc.get_objects() if isinstance(found, functools._lru_cache_wrapper)]
-    misses = [cache.cache_info().misses for cache in caches]
-    try:
-        yield
-    finally:
-        for own, before in held:
-            own.clear()
-            own.update(before)
-        for cache, before_ in zip(caches, misses, strict=True):
-            if cache.cache_info().misses != before_:
-                cache.cache_clear()
 
 
 @contextlib.contextmanager
@@ -345,7 +317,6 @@ def record(
 
     run: Callable[..., list[Tensor]] = functionalize(forward, remove="mutations_and_views") if functional else forward
     with (
-        torch.random.fork_rng(devices=_devices(parameters)),
         torch.no_grad(),
         untouched(model),
         plain_kernels(),
