@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +31,7 @@ class FirstForward:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._keeper = _Keeper()
+        self._keeper = _Keeper(model)
         self._hook = model.register_forward_pre_hook(self._keeper, with_kwargs=True)
 
     @property
@@ -43,26 +45,24 @@ class FirstForward:
         self._keeper.example = None
 
 
-class _Passed:
-    """The hook in copies of a network."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        return None
-
-
 class _Keeper:
     example: Example | None = None
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # a shallow copy shares the hook, and its forward passes are others
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling() or self.example is not None or not torch.is_grad_enabled():
+            return
+        if self._model() is not module:
             return
         try:
             self.example = tree_map(_kept, (tuple(args), dict(kwargs)))
         except Exception:  # tensors of somebody else's kind: the network is then wired by its names
             log.debug("the inputs of a forward pass cannot be kept", exc_info=True)
 
-    def __reduce__(self) -> tuple[type[_Passed], tuple[()]]:
-        return _Passed, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, does nothing, needs no package of ours
 
 
 def _kept(leaf: Any) -> Any:
