@@ -77,10 +77,8 @@ class Nowcasting:
         self.patcher = patcher
         self.trials = trials
         self.gate = gate
-        self.cadence = cadence
-        self.patching = patching
+        self.cadence, self.patching, self._job = cadence, patching, job
         self.last_snapshot = 0
-        self._job = job
 
     @property
     def is_on(self) -> bool:
