@@ -44,7 +44,7 @@ def merge(
     spec: Annotated[Path | None, typer.Option(metavar="SPEC.json", help="The architecture, for nowcast.")] = None,
     checkpoint: Annotated[
         str, typer.Option(metavar="CKPT", help="File or registered name of the network that nowcasts.")
-    ] = "nowcast-h64",
+    ] = "nino_no_posw",
     k: Annotated[
         list[int] | None, typer.Option("--k", metavar="K", help="Horizon in strides; repeatable, averaged.")
     ] = None,
@@ -76,4 +76,4 @@ def merge(
     network = resolve_checkpoint(checkpoint)
     predictor = make_predictor("nino" if network.config.gnn else "wnn", network, threads=threads)
     factor = 1.0 if scale is None else scale
-    write_parameters(out, nowcast(predictor, ArchitectureSpec.read(spec), start, ends, k or [1, 5, 10, 20], factor))
+    write_parameters(out, nowcast(predictor, ArchitectureSpec.read(spec), start, ends, k or [1, 2, 3, 4, 5], factor))

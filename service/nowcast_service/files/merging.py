@@ -5,7 +5,7 @@ gives checkpoint i the weight c_i is the training whose updates are scaled, from
 left of the sum of the weights. So a schedule of the rate is a set of weights; equal ones are the linear decay.
 
 Fine-tunings are merged by their mean (model soups, Wortsman et al., 2022), by adding up what each has changed (task
-arithmetic, Ilharco et al., 2023), or by a nowcast from base and fine-tunings as a history (NiNo paper, "merging").
+arithmetic, Ilharco et al., 2023), or by a nowcast from base and fine-tunings as a history (as NiNo's code does).
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def nowcast(
         predictor: Which predicts; reads five snapshots.
         spec: Of all of them.
         base: What they were tuned from.
-        tuned: One to four fine-tunings; two make the history base, 1, 2, 2, 1.
-        horizons: In strides; the predictions are averaged.
+        tuned: One to four fine-tunings; two make the history base, 1, 2, 2, 1, three base, 1, 2, 2, 3.
+        horizons: In strides; the predictions are averaged, those of the fine-tunings in the opposite order among them.
         scale: Factor on the predicted change.
 
     Returns:
@@ -128,10 +128,15 @@ def nowcast(
             expected=f"one to {room} fine-tunings, as many as the predictor reads beside the base, and a horizon",
         )
     check_horizon(horizons, predictor.farthest)
-    there = list(range(len(tuned)))
-    order = (there + there[::-1] + [0] * room)[:room]
-    history = History.of(spec, [base, *(tuned[i] for i in order)])
-    found = [ahead(predictor, history, k, update_scale=scale)[0] for k in horizons]
+    # As published for five snapshots: 1 2 2 1, 1 2 2 3, 1 2 3 4; one alone stands still.
+    last = len(tuned) - 1
+    order = [0, 1, 1, 2] if (len(tuned), room) == (3, 4) else [min(i, last) for i in range(room)]
+    order = [0, 1, 1, 0] if (len(tuned), room) == (2, 4) else order
+    found = []
+    # A prediction sets out from the newest snapshot, one of the fine-tunings: all take their turn from either end.
+    for turn in (tuned, tuned[::-1])[: len(tuned)]:
+        history = History.of(spec, [base, *(turn[i] for i in order)])
+        found += [ahead(predictor, history, k, update_scale=scale)[0] for k in horizons]
     return averaged(found, weights_of("mean", len(found)))
 
 
