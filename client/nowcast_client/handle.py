@@ -96,7 +96,8 @@ class Handle:
         if split == "validation":
             with work.report.timed("observe"):
                 at, recovering = self.step if step is None else step, work.trials.open is not None
-                work.gate.held_out.add(at, float(loss), recovering=recovering)
+                value = loss.item() if isinstance(loss, Tensor) else float(loss)
+                work.gate.held_out.add(at, value, recovering=recovering)
             return
         with work.report.timed("observe"):
             work.trials.losses.report(self.step if step is None else step, loss)

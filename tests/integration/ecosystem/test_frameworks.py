@@ -141,7 +141,7 @@ def test_a_user_s_callback_copies_the_model(way: str, moment: str, url: str, tmp
     def copied(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         clone = COPIES[way](kwargs["model"]).train()
         row = Rows(1)[0]
-        computed.append(float(clone(row["x"][None], row["labels"][None])["loss"]))
+        computed.append(clone(row["x"][None], row["labels"][None])["loss"].item())
         assert b"nowcast" not in pickle.dumps(kwargs["model"])
 
     setattr(Copies, moment, copied)

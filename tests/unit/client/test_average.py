@@ -77,7 +77,8 @@ def test_it_goes_on_after_nowcasting_was_turned_off_and_begins_anew_after_a_roll
         step(model, optimizer, data)
     watched.handle._nowcasting.patcher.save(state=True)
     watched.handle._nowcasting.patcher.undo()
-    watched.handle._nowcasting.turn_off("for this test")
+    with pytest.warns(RuntimeWarning, match="for this test"):
+        watched.handle._nowcasting.turn_off("for this test")
     seen = []
     for _ in range(2):
         step(model, optimizer, data)

@@ -15,7 +15,7 @@ from nowcast_client.tensors.patch import verify
 from torch import nn
 
 from .service import FakeService, linear
-from .test_hook import QUICK, Training
+from .training import QUICK, Training
 
 Act = Callable[[Training], None]
 
@@ -264,7 +264,7 @@ def test_writes_that_belong_to_the_training_do_not_hold_it_up(every: int, throug
 
 def test_a_bound_that_some_weights_run_into_is_no_jump() -> None:
     training = Training(FakeService(linear), trial=False)
-    bound = 1.02 * float(training.model[0].weight.abs().max())
+    bound = 1.02 * training.model[0].weight.abs().max().item()
     for _ in range(101):
         training.run(1)
         training.model[0].weight.data.clamp_(-bound, bound)

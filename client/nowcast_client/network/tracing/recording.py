@@ -213,14 +213,16 @@ def plain_kernels() -> Iterator[None]:
     """Attention, recurrent layers and transformer layers as the operations they are made of."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # This one flag alone: `torch.backends.mkldnn.flags` sets another one too, and warns of it.
+    onednn = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         with (
-            torch.backends.mkldnn.flags(enabled=False),
             torch.backends.cudnn.flags(enabled=False),
             sdpa_kernel(SDPBackend.MATH),
         ):
             yield
     finally:
+        torch.backends.mkldnn.set_flags(_enabled=onednn)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
