@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from nowcast_client.network.tracing.recording import untouched
+from nowcast_client.network.tracing.restoring import untouched
 from nowcast_client.network.wired import wire
 from torch import nn
 

@@ -12,7 +12,7 @@ from nowcast_client.errors import AttachError
 from torch import nn
 
 from .service import FakeService, linear
-from .test_hook import QUICK, Training
+from .training import QUICK, Training
 
 Keep = Callable[[list[nn.Parameter]], Any]
 

@@ -10,12 +10,14 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
-from nowcast_proto.arrays import array_of, float32_of, frame_of, from_bfloat16, to_bfloat16
+from nowcast_proto.arrays import frame_of
 from nowcast_proto.errors import ChecksumMismatch, MalformedFrame, NowcastError, TooLarge, UnsupportedVersion
 from nowcast_proto.messages import NowcastReplyHeader, NowcastRequest, SnapshotHeader
 from nowcast_proto.spec import ArchitectureSpec
 from nowcast_proto.stream import Decoder, Encoder, Header, pack_header, unpack_header
-from nowcast_proto.tensors import Limits, TensorFrame, digest, seal
+from nowcast_proto.tensors import Limits, TensorFrame, digest
+
+from .streams import joined, spelled
 
 SPEC = ArchitectureSpec.model_validate({"family": "sequential", "parameters": [{"name": "w", "shape": [2, 2]}]})
 
@@ -81,10 +83,6 @@ CASES = [
     pytest.param(request_encoder, GOLDEN_REQUEST, id="request"),
     pytest.param(reply_encoder, GOLDEN_REPLY, id="reply"),
 ]
-
-
-def joined(encoder: Encoder, **kwargs: int) -> bytes:
-    return b"".join(bytes(chunk) for chunk in encoder.chunks(**kwargs))
 
 
 @pytest.mark.parametrize(("make", "golden"), CASES)
@@ -309,30 +307,6 @@ def test_wrong_checksums_are_told_from_wrong_framing():
         Decoder().feed(forged)
 
 
-def spelled(limits: Limits, **changes: object) -> bytes:
-    frame = {"name": "w", "dtype": "float32", "shape": (2,), "data": bytes(8), **changes}
-    return joined(Encoder("snapshot", {"step": 1}, [TensorFrame(**frame)], limits))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("cap", "at", "over"),
-    [
-        ("max_name", {"name": "n" * 20}, {"name": "n" * 21}),
-        ("max_dimensions", {"shape": (1,) * 19 + (2,)}, {"shape": (1,) * 20 + (2,)}),
-        ("max_tensor_bytes", {"shape": (5,), "data": bytes(20)}, {"shape": (6,), "data": bytes(24)}),
-    ],
-)
-def test_caps_on_one_tensor(cap, at, over):
-    wide = replace(Limits(), max_dimensions=30)
-    limits = replace(wide, **{cap: 20})
-    Decoder(limits=limits).feed(spelled(wide, **at))
-    spelled(limits, **at)
-    with pytest.raises(TooLarge):
-        Decoder(limits=limits).feed(spelled(wide, **over))
-    with pytest.raises(TooLarge):  # the encoder holds itself to the same caps
-        spelled(limits, **over)
-
-
 def test_digests_may_be_checked_elsewhere():
     """With ``aside`` set, `feed` leaves digests and the check to somebody else, in order."""
     stream, later, seen = joined(request_encoder()), [], []
@@ -376,19 +350,6 @@ def test_what_is_found_elsewhere_is_raised_by_whatever_comes_next():
         with pytest.raises(TooLarge):
             (strict.feed(stream), strict.finish())
         assert not strict.frames
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_seal_computes_the_digests_that_are_missing(threads: int):
-    frames = [TensorFrame(str(i), "float32", (size,), bytes(4 * size)) for i, size in enumerate((3, 1 << 20, 1 << 19))]
-    frames[0].digest = b"known" + bytes(11)
-    seal(frames, threads)
-    assert [frame.digest for frame in frames] == [b"known" + bytes(11), *(digest(f.view()) for f in frames[1:])]
-    with pytest.raises(MalformedFrame):
-        seal(
-            [TensorFrame("w", "float32", (1 << 20,), bytes(4 << 20)), TensorFrame("v", "float32", (2,), bytes(7))],
-            threads,
-        )
 
 
 def test_caps_on_the_stream():
@@ -447,29 +408,3 @@ def test_header_round_trip():
     assert unpack_header(pack_header(header), Limits()) == header
     assert header.snapshots == 2
     assert header.tensor_bytes == 32
-
-
-def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0, 2**32, size=200_000, dtype=np.uint64).astype(np.uint32)
-    values = bits.view(np.float32)
-    ours = to_bfloat16(values)
-    theirs = torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    finite = ~np.isnan(values)
-    assert np.array_equal(ours[finite], theirs[finite])
-    assert np.isnan(from_bfloat16(ours[~finite])).all()
-    assert np.array_equal(from_bfloat16(ours[finite]), torch.from_numpy(values[finite].copy()).bfloat16().float())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_arrays_survive_the_wire(dtype):
-    values = np.linspace(-2, 2, 24, dtype=np.float32).reshape(2, 3, 4)[:, ::-1]
-    decoder = Decoder()
-    decoder.feed(joined(Encoder("snapshot", {"step": 0}, [frame_of("w", values, dtype=dtype)])))
-    (frame,) = decoder.frames
-    tolerance = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
-    assert np.allclose(float32_of(frame), values, rtol=tolerance, atol=0)
-    assert array_of(frame).shape == (2, 3, 4)
-    with pytest.raises(MalformedFrame, match="int64"):
-        frame_of("w", np.arange(3), dtype=dtype)
