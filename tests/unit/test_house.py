@@ -17,6 +17,7 @@ from tests.unit.test_imports import PACKAGES, ROOT, imports, modules
 FILE_LINES = 450
 CLASS_LINES = 300
 PARAMETERS = 12
+DOCS_BYTES = 1 << 20
 HANDLE_PARAMETERS = 9
 HANDLE_ATTRIBUTES = 14
 ATTACH_PARAMETERS = 14
@@ -150,6 +151,11 @@ def test_classes_are_short() -> None:
         if isinstance(node, ast.ClassDef) and length(node) > CLASS_LINES
     }
     assert not long
+
+
+def test_the_documentation_is_small() -> None:
+    """Results are tables and one compressed file of raw runs per page."""
+    assert sum(path.stat().st_size for path in (ROOT / "docs").rglob("*") if path.is_file()) <= DOCS_BYTES
 
 
 def test_functions_take_few_parameters() -> None:
