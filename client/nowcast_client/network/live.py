@@ -82,6 +82,7 @@ class Network:
         with (
             torch.set_grad_enabled(gradients),
             sdpa_kernel(SDPBackend.MATH),
+            _EvenNoise(),  # type: ignore[no-untyped-call]
         ):
             seed_anew(devices)
             buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -114,6 +115,39 @@ def ready(
                 tried = error
                 del network
     raise tried if tried is not None else ValueError("no inputs")
+
+
+class _EvenNoise(TorchDispatchMode):
+    """Noise that is the same for all neurons of a sample, and nothing dropped: a draw that no permutation sees.
+
+    Drawn neuron by neuron and held fixed it would tell neurons apart that are alike. Noise of given means or chances is
+    as drawn.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(out[1])
+        if name == "bernoulli" and func._schema.overload_name in ("p", "float"):
+            even = torch.ones_like(out)
+        elif name in _NOISE and not _by_means(func) and isinstance(out, Tensor) and out.numel():
+            first = out.flatten(1)[:, 0] if out.dim() > 1 else out.reshape(-1)[0]
+            even = first.reshape(-1, *[1] * (out.dim() - 1)).expand(out.shape) if out.dim() else out
+        else:
+            return out
+        return out.copy_(even.clone()) if func._schema.is_mutable else even.clone()
+
+
+def _by_means(func: Any) -> bool:
+    """Whether each element is drawn from a distribution of its own (``normal(means, …)``)."""
+    return bool(func._schema.name == "aten::normal" and func._schema.overload_name != "float_float")
+
+
+_NOISE = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "uniform", "normal", "exponential", "log_normal", "normal_functional"}
+)
+"""Operations that draw for every element alike."""
 
 
 class _Narrow(TorchDispatchMode):

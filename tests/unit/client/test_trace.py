@@ -251,6 +251,42 @@ def test_a_false_claim_is_taken_back_by_name() -> None:
     assert judged(model, proof.wiring, given).false == []
 
 
+NOISY = {
+    "latent": lambda: mlp(lambda net, h: h + torch.randn_like(h) * F.softplus(net.s(h)), s=nn.Linear(16, 16)),
+    "drawn in place": lambda: mlp(lambda net, h: h + torch.empty_like(h).normal_()),
+    "dropout at all times": lambda: mlp(lambda net, h: F.dropout(F.relu(h), 0.5, training=True)),
+    "mask": lambda: mlp(lambda net, h: torch.where(torch.rand_like(h) < 0.3, 0.1, h)),
+}
+
+
+@pytest.mark.parametrize("what", NOISY)
+def test_noise_that_treats_all_alike_tells_no_neurons_apart(what: str) -> None:
+    torch.manual_seed(0)
+    model, given = NOISY[what]().eval(), rows()
+    proof = prove(model, trace(model, given).wiring, given)
+    assert proof.proven
+    assert not proof.demoted
+    assert proof.share > 0.8
+
+
+@pytest.mark.parametrize("what", ["scaled", "means", "chances"])
+def test_noise_that_does_not_is_seen_by_the_proof(what: str) -> None:
+    torch.manual_seed(0)
+    scale = torch.linspace(0.2, 2, 16)
+    noisy = {
+        "scaled": lambda net, h: h + torch.randn_like(h) * net.scale,
+        "chances": lambda net, h: h * torch.bernoulli((net.scale / 2).expand_as(h)),
+        "means": lambda net, h: h + torch.normal(net.scale.expand_as(h), 1.0),
+    }[what]
+    model, given = mlp(noisy, scale=scale).eval(), rows()
+    honest = trace(model, given).wiring
+    claims = ExplicitWiring(
+        ranges=tuple(one.model_copy(update={"fixed": False}) if one.size == 16 else one for one in honest.ranges),
+        blocks=honest.blocks,
+    )
+    assert prove(model, claims, given).demoted
+
+
 def test_an_unknown_operation_fixes_what_it_meets_and_is_named() -> None:
     model = mlp(lambda net, h: torch.linalg.qr(h.view(-1, 4, 4))[0].flatten(1)).eval()
     found = trace(model, rows())
