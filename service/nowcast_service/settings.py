@@ -1,4 +1,4 @@
-"""Every setting of the service, read from the environment under ``NOWCAST_`` or given to `nowcast serve`."""
+"""Every setting of the service, from a file, the environment under ``NOWCAST_`` or the options of `nowcast serve`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 import ipaddress
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nowcast_proto.errors import InvalidRequest
+from nowcast_proto.errors import InvalidRequest, UnreadableFile
 from nowcast_proto.tensors import Limits
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -232,22 +233,62 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def read(cls, **given: Any) -> Settings:
-        """The environment's settings, and those given, which win.
+    def read(cls, file: Path | None = None, /, **given: Any) -> Settings:
+        """The settings of a file, over them the environment's, over them those given.
 
         Raises:
             InvalidRequest: One of them cannot be, which is named.
+            UnreadableFile: The file cannot be read.
         """
+        return cls.traced(file, **given)[0]
+
+    @classmethod
+    def traced(cls, file: Path | None = None, /, **given: Any) -> tuple[Settings, dict[str, str]]:
+        """What `read` returns, and where each setting came from: ``default``, ``file``, ``environment`` or ``flag``.
+
+        Raises:
+            InvalidRequest: One of them cannot be, which is named.
+            UnreadableFile: The file cannot be read.
+        """
+        filed = cls._filed(file) if file else {}
+        set_there = {name.upper() for name, value in os.environ.items() if value}
+        origins = dict.fromkeys(cls.model_fields, "default") | dict.fromkeys(filed, "file")
+        origins |= {name: "environment" for name in cls.model_fields if f"NOWCAST_{name.upper()}" in set_there}
+        origins |= dict.fromkeys(given, "flag")
+        values = {name: value for name, value in filed.items() if origins[name] == "file"} | given
         try:
-            return cls(**given)
+            return cls(**values), origins
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_context=False)[0]
             said = first["msg"].removeprefix("Value error, ")
-            name = "_".join(str(part) for part in first["loc"]).upper()
-            shown = "" if "KEY" in name else f"={str(first['input'])[:60]!r}"
-            raise InvalidRequest(
-                f"NOWCAST_{name}{shown}: {said}" if name else said, remedy="see docs/operations.md"
-            ) from exc
+            name = next((str(part) for part in first["loc"]), "").lower().removeprefix("nowcast_")
+            shown = "" if "key" in name else f"={str(first['input'])[:60]!r}"
+            where = f"{file}: {name}" if origins.get(name) == "file" else f"NOWCAST_{name.upper()}"
+            raise InvalidRequest(f"{where}{shown}: {said}" if name else said, remedy="see docs/operations.md") from exc
+
+    @classmethod
+    def _filed(cls, file: Path) -> dict[str, Any]:
+        """The settings of a TOML file, as the environment would say them, so that both are read alike."""
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise UnreadableFile(f"{file}: {exc.strerror or exc}") from exc
+        except ValueError as exc:  # not TOML, or not UTF-8
+            raise InvalidRequest(f"{file} is not TOML: {exc}", remedy="see docs/operations.md") from exc
+        for name, value in table.items():
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, 1, 0.0)
+                raise InvalidRequest(f"{file}: {name} is not a setting; the nearest one is {near[0]}")
+            if isinstance(value, dict) or (isinstance(value, list) and name != "api_key_hashes"):
+                raise InvalidRequest(f"{file}: {name} is a table or a list; a setting is one value: {name} = …")
+        return {
+            name: ",".join(map(str, value))
+            if isinstance(value, list)
+            else str(value).lower()
+            if isinstance(value, bool)
+            else str(value)
+            for name, value in table.items()
+        }
 
     @property
     def has_keys(self) -> bool:

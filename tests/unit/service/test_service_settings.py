@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from nowcast_proto.errors import InvalidRequest, Unauthorized, UnreadableFile
+from nowcast_service.cli import build_app
 from nowcast_service.observe.logs import FIELDS, JsonFormatter, TextFormatter
 from nowcast_service.runtime.keys import ANONYMOUS, KeyRing, hash_key, new_key
 from nowcast_service.settings import Settings, is_loopback
 from pydantic import ByteSize, ValidationError
+from typer.testing import CliRunner
 
 
 def test_environment_and_units(monkeypatch: pytest.MonkeyPatch):
@@ -153,3 +156,56 @@ def test_log_lines_carry_fields_and_tracebacks(style):
         assert first.endswith("said so [route=/x status=200]")
         assert rest[0].endswith("failed [route=/y]")
         assert rest[-1] == "ValueError: inner"
+
+
+def test_a_file_lies_under_environment_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "nowcast.toml"
+    file.write_text(
+        f'budget = "1GiB"\nport = 8600\nmax_queue = 3\nhost = "::1"\nallow_anonymous = true\n'
+        f'api_key = "long enough"\napi_key_hashes = ["a:{"0" * 64}"]\n'
+    )
+    monkeypatch.setenv("NOWCAST_PORT", "8700")
+    monkeypatch.setenv("NOWCAST_MAX_QUEUE", "")  # not set, to a compose file
+    monkeypatch.setenv("NOWCAST_HOST", "127.0.0.2")
+    settings, origins = Settings.traced(file, host="127.0.0.3")
+    assert (settings.budget, settings.port, settings.max_queue, settings.host) == (2**30, 8700, 3, "127.0.0.3")
+    assert settings.allow_anonymous
+    assert settings.api_key_hashes == (f"a:{'0' * 64}",)
+    names = ("budget", "port", "max_queue", "host", "threads")
+    assert [origins[name] for name in names] == ["file", "environment", "file", "flag", "default"]
+    shown = CliRunner().invoke(build_app(), ["config", "--config", str(file), "--host", "127.0.0.3"])
+    assert shown.exit_code == 0, shown.output
+    lines = {line.split()[0]: line.split()[1:] for line in shown.output.splitlines()}
+    assert list(lines) == list(Settings.model_fields)
+    assert lines["budget"] == [str(2**30), "file"]
+    assert lines["port"] == ["8700", "environment"]
+    assert lines["host"] == ["127.0.0.3", "flag"]
+    assert lines["api_key"] == ["********", "file"]
+    assert "long enough" not in shown.output
+    assert "0" * 64 not in shown.output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("budgte = 1", "budgte is not a setting; the nearest one is budget"),
+        ("max_queue = 0", "nowcast.toml: max_queue='0'"),
+        ("port = true", "nowcast.toml: port='true'"),
+        ("port = [1]", "a setting is one value"),
+        ("port 1", "is not TOML"),
+        ('api_key = "hidden"', "nowcast.toml: api_key: a key needs"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_in_one_line(text: str, said: str, tmp_path: Path):
+    file = tmp_path / "nowcast.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest) as refused:
+        Settings.read(file)
+    assert said in str(refused.value)
+    assert "hidden" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(UnreadableFile, match=r"none\.toml"):
+        Settings.read(tmp_path / "none.toml")
