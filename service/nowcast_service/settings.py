@@ -281,14 +281,8 @@ class Settings(BaseSettings):
                 raise InvalidRequest(f"{file}: {name} is not a setting; the nearest one is {near[0]}")
             if isinstance(value, dict) or (isinstance(value, list) and name != "api_key_hashes"):
                 raise InvalidRequest(f"{file}: {name} is a table or a list; a setting is one value: {name} = …")
-        return {
-            name: ",".join(map(str, value))
-            if isinstance(value, list)
-            else str(value).lower()
-            if isinstance(value, bool)
-            else str(value)
-            for name, value in table.items()
-        }
+        said = {name: _said(value) for name, value in table.items()}
+        return {name: value for name, value in said.items() if value}  # empty is not set, as in the environment
 
     @property
     def has_keys(self) -> bool:
@@ -305,6 +299,13 @@ class Settings(BaseSettings):
             max_tensor_bytes=int(self.max_tensor),
             max_body_bytes=int(self.max_body),
         )
+
+
+def _said(value: object) -> str:
+    """A TOML value as an environment variable would say it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def is_loopback(host: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from nowcast_proto.errors import InvalidRequest, Unauthorized, UnreadableFile
+from nowcast_service import http
 from nowcast_service.cli import build_app
 from nowcast_service.observe.logs import FIELDS, JsonFormatter, TextFormatter
 from nowcast_service.runtime.keys import ANONYMOUS, KeyRing, hash_key, new_key
@@ -206,6 +207,20 @@ def test_a_file_that_cannot_be_is_refused_in_one_line(text: str, said: str, tmp_
     assert "\n" not in str(refused.value)
 
 
+def test_an_empty_value_of_a_file_is_not_set(tmp_path: Path):
+    file = tmp_path / "nowcast.toml"
+    file.write_text('unix_socket = ""\ncheckpoint = ""\n')
+    settings, origins = Settings.traced(file)
+    assert (settings.unix_socket, settings.checkpoint) == (None, None)
+    assert origins["unix_socket"] == "default"
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UnreadableFile, match=r"none\.toml"):
         Settings.read(tmp_path / "none.toml")
+
+
+def test_the_page_is_small():
+    """Fetched over slow links and from inside the wheel: 300 kB is what it may grow to."""
+    page = Path(http.__file__).parent / "page"
+    assert 0 < sum(file.stat().st_size for file in page.iterdir()) < 300_000
