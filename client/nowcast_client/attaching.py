@@ -33,6 +33,7 @@ from nowcast_client.loop.wiring import Wirer, whole
 from nowcast_client.network.adapters import ADAPTER_PREDICTOR, ADAPTERS_WATCHED, adapter_spec
 from nowcast_client.network.derive import derive_spec
 from nowcast_client.network.named import UNKNOWN_FAMILY
+from nowcast_client.network.wired import PUBLISHED
 from nowcast_client.settings import ByName, Cadence, Connection, Mode, Patching, merged, refuse_unknown
 from nowcast_client.tensors.layout import WIRE_DTYPES, Layout, innermost
 from nowcast_client.tensors.snapshot import Ring
@@ -163,7 +164,13 @@ def attach(
         way = _transport(connection) if chosen != "off" and speaks else None
         open_ = partial(_open, way, connection, job, patching.patch_bound, cadence.context) if way is not None else None
         steps = Steps(optimizers, at_once=ranks is not None)
-        windows = Windows(open_, network.spec, patcher.layout, cadence.context, at_once=network.known)
+        windows = Windows(
+            open_,
+            network.spec,
+            patcher.layout,
+            cadence.context,
+            at_once=not network.traced or network.spec.family in PUBLISHED,
+        )
         people = None
         if way is not None and connection.report:
             about = About.of(model, optimizers[-1], connection.name, every, total_steps)

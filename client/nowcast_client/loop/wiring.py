@@ -44,6 +44,8 @@ class Wirer:
         if example is None:
             if work.snapshot_due(work.steps.step):
                 work.report.once("unseen", self._unseen(), logging.INFO if self._known else logging.WARNING)
+                if self._known:
+                    self._open(work)
             return
         work.wirer = None
         began = time.monotonic()
@@ -69,6 +71,7 @@ class Wirer:
                 work.turn_off(f"the network is wired otherwise than its names say, and cannot travel so: {error}")
                 return
             work.windows.open(work.patcher.spec, work.patcher.layout)
+        self._open(work)
         work.windows.proven(wired.proof.share if wired.proof.proven else None)
 
     def _rewire(self, work: Nowcasting, wired: Wired) -> None:
@@ -83,10 +86,15 @@ class Wirer:
         """No wiring came of the trace."""
         if self._known:
             log.warning("the network is wired by its names, unproven: %s", why)
+            self._open(work)
         elif self._graphless:
-            work.windows.open(work.patcher.spec, work.patcher.layout)
+            self._open(work)
         else:
             work.turn_off(f"it is not known how the network is wired: {why}; {REMEDY}")
+
+    def _open(self, work: Nowcasting) -> None:
+        if work.windows.uploader is None:
+            work.windows.open(work.patcher.spec, work.patcher.layout)
 
     def _unseen(self) -> str:
         name = type(self._model).__name__

@@ -31,30 +31,33 @@ def _train(server: Server, predictor: str) -> dict:
     return summary
 
 
-def test_the_table_is_there_at_attach(server: Server, caplog) -> None:
+def test_the_table_is_there_after_the_first_step(server: Server, caplog) -> None:
     model = Nano(modern=True, value_layers=(1,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with (
         caplog.at_level(logging.INFO, logger="nowcast"),
         attach(model, optimizer, server.url, predictor="nino") as handle,
     ):
+        assert handle.summary()["coverage"] is None  # it is traced from its first forward pass
+        model(TOKENS).square().mean().backward()
+        optimizer.step()
         assert handle.wait(60)
-        assert handle.step == 0
-        assert handle.summary()["coverage"]["parameters"]["left"] == 2
-        assert "coverage of family nanogpt" in caplog.text
+        assert handle.step == 1
+        assert handle.summary()["coverage"]["parameters"] == {"graph": len(list(model.parameters()))}
+        assert "coverage of family traced" in caplog.text
 
 
 def test_coverage_is_logged_once_and_summed_up(server: Server, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="nowcast"):
         coverage = _train(server, "nino")["coverage"]
     parameters = dict(Nano(modern=True, value_layers=(1,)).named_parameters())
-    lambdas = {f"transformer.h.{layer}.lambdas" for layer in range(2)}
-    assert coverage["parameters"] == {"graph": len(parameters) - 2, "left": 2}
-    assert coverage["elements"] == {"graph": sum(p.numel() for p in parameters.values()) - 2, "left": 2}
-    assert coverage["outside"] == dict.fromkeys(lambdas, "a scalar belongs to no neuron")
-    tables = [record.getMessage() for record in caplog.records if "coverage of family nanogpt" in record.getMessage()]
+    assert coverage["parameters"] == {"graph": len(parameters)}
+    assert coverage["elements"] == {"graph": sum(p.numel() for p in parameters.values())}
+    assert coverage["outside"] == {}
+    tables = [record.getMessage() for record in caplog.records if "coverage of family" in record.getMessage()]
     assert len(tables) == 1
-    assert "transformer.h.0.lambdas: a scalar belongs to no neuron" in tables[0]
+    assert "coverage of family traced" in tables[0]
+    assert "  proven  " in tables[0]
 
 
 def test_a_predictor_without_a_graph_has_no_coverage(server: Server, caplog) -> None:
