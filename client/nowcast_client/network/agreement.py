@@ -142,6 +142,9 @@ def _chain(wiring: ExplicitWiring) -> str:
         }
         if one.fixed and len(met) > 1:
             return f"neurons {one.name!r} have places of their own"
+    fixed = [one for one in wiring.ranges if one.fixed and one.size > 1]
+    if len(fixed) > 2:  # what a layer gives is not what the next one takes
+        return f"neurons {fixed[1].name!r} have places of their own"
     return ""
 
 

@@ -335,5 +335,16 @@ def test_a_chain_stays_a_family_and_what_only_looks_like_one_does_not() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.view(-1, 4, 4).softmax(-1).flatten(1)
 
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(10, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(torch.sort(self.a(x), dim=-1).values)
+            return out
+
+    assert derive_spec(Sorted(), example=(rows(), {})).family is None
+
     grouped = nn.Sequential(nn.Linear(10, 16), Softmax(), nn.Linear(16, 3))
     assert derive_spec(grouped, example=(rows(), {})).family is None
