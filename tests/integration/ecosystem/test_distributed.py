@@ -223,7 +223,7 @@ def absent(rank: int, url: str) -> dict[str, Any]:
     for number in range(1, 46):
         ranks.step(model, optimizer, data, handle)
         if rank == 1 and number == 10:
-            handle._closed = True
+            handle._hooks.remove()
     return {"mode": handle.mode, "seconds": time.monotonic() - begun, "hook": handle.summary()["hook_seconds"]}
 
 
