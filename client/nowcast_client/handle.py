@@ -175,8 +175,8 @@ class Handle:
             run's loss); ``seconds_per_step``, pauses included;
             ``skipped`` and ``failed`` by reason; bytes and seconds; ``hook_seconds``, time taken from the trainer, of
             which ``wait_seconds`` were spent waiting, for a nowcast (``wait``) or for other ranks;
-            ``coverage``, what the service does with each parameter (None until it has been reached for the first
-            time, a moment after attach, and where no graph is needed).
+            ``coverage``, what the service does with each parameter (None before it has answered for the first time,
+            after the first step of a traced network, and where no graph is needed).
 
         Raises:
             AttachError: The baseline cannot be read.

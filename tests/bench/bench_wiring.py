@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from nowcast_client.network.tracing.recording import outputs_of
 from nowcast_client.network.wired import wire
-from nowcast_proto.wiring import ExplicitWiring
+from nowcast_proto.spec import ArchitectureSpec
+from nowcast_service.graph.contract import contract
+from nowcast_service.graph.wiring.build import build_graph
+from nowcast_service.predictors.wnn import ANY_KERNEL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.bench.judge import Judge, Verdict
@@ -28,15 +31,17 @@ log = logging.getLogger("bench")
 MODULES = ("vision", "language", "other", "libraries")
 
 
-def document(wiring: ExplicitWiring) -> dict[str, Any]:
-    """The wiring as ``nowcast graph --json`` prints it."""
-    ranges = [{**one.model_dump(), "first": first} for one, first in zip(wiring.ranges, wiring.firsts(), strict=True)]
-    blocks = [block.model_dump() for block in wiring.blocks]
-    return {"n_nodes": wiring.n_nodes, "ranges": ranges, "blocks": blocks, "left": dict(wiring.left)}
+def document(spec: ArchitectureSpec) -> dict[str, Any]:
+    """The wiring of the spec that is sent, as ``nowcast graph --json`` prints it.
+
+    It claims the network's own symmetries, without the departures of published wiring.
+    """
+    faithful = spec if spec.graph is not None else spec.model_copy(update={"wiring": "faithful"})
+    return contract(build_graph(faithful, max_features=ANY_KERNEL))
 
 
-def judged(case: Any, wiring: ExplicitWiring) -> Verdict:
-    """What the judge says of a wiring, in the highest precision that the network takes."""
+def judged(case: Any, spec: ArchitectureSpec) -> Verdict:
+    """What the judge says of the wiring a spec asks for, in the highest precision that the network takes."""
 
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -70,7 +75,7 @@ def judged(case: Any, wiring: ExplicitWiring) -> Verdict:
                 live[name].copy_(tensor)
         return run(args, kwargs)
 
-    return Judge(document(wiring), tensors, outputs, tolerance).judge()
+    return Judge(document(spec), tensors, outputs, tolerance).judge()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.manual_seed(0)
             case = registry[name].factory()
             wired = wire(case.model, case.args, case.kwargs)
-            verdict = judged(case, wired.proof.wiring)
+            verdict = judged(case, wired.spec)
             kind = "false" if verdict.false else "right" if verdict.share > 0.5 else "poor"
             note = f"{verdict.share:.2f} moved, wired as {wired.spec.kind}, {time.monotonic() - began:.1f} s"
             note += f" {verdict.false[:2]}" if verdict.false else ""

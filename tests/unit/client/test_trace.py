@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from nowcast_client.network.trace import trace
 from nowcast_proto.wiring import ExplicitWiring
 from torch import Tensor, nn
 
-from tests.bench.bench_wiring import document
 from tests.bench.judge import Judge, Verdict
 
 WIDTH = 8
@@ -76,6 +76,13 @@ def tokens() -> tuple[Tensor, ...]:
 
 def images() -> tuple[Tensor, ...]:
     return (torch.randn(2, 3, 8, 8),)
+
+
+def document(wiring: ExplicitWiring) -> dict[str, Any]:
+    """The wiring as ``nowcast graph --json`` prints it."""
+    ranges = [{**one.model_dump(), "first": first} for one, first in zip(wiring.ranges, wiring.firsts(), strict=True)]
+    blocks = [block.model_dump() for block in wiring.blocks]
+    return {"n_nodes": wiring.n_nodes, "ranges": ranges, "blocks": blocks, "left": dict(wiring.left)}
 
 
 def judged(model: nn.Module, wiring: ExplicitWiring, inputs: tuple[Tensor, ...]) -> Verdict:
