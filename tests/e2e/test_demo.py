@@ -45,7 +45,9 @@ def test_demo(task: str, tmp_path: Path) -> None:
     assert alone["hook"]["patched"] == muon["hook"]["patched"] == 0
     assert muon["final_held_out_loss"] != alone["final_held_out_loss"]
     assert f"Muon, alone: {'never' if muon['steps_to_target'] is None else muon['steps_to_target']}" in done.stdout
-    assert nowcast["hook"]["patched"] >= 2, nowcast["hook"]
+    # One in four is left out as a control, and on a busy machine some come too late.
+    assert nowcast["hook"]["asked"] >= 2, nowcast["hook"]
+    assert nowcast["hook"]["patched"] >= 1, nowcast["hook"]
     assert not nowcast["hook"]["failed"]
     # The third training ran to its end although the service was killed under it.
     assert killed["killed_at"] == STEPS // 2

@@ -33,5 +33,6 @@ def test_bench_hook(url: str) -> None:
     found = bench_hook.measure("small", 12, 15, "linear", rounds=2, running=url)
     assert (found.steps, found.snapshots) == (12, 4)
     assert 0.0 < found.hook_idle < found.hook_snapshot < found.step
-    assert 0.0 < found.hook_share < 1.0
+    assert found.hook_share > 0.0  # of these few steps; the first one's trace of the network is in it
+    assert 0.0 < found.hook_share_200 < 1.0
     assert found.wall_ratio > 0.0

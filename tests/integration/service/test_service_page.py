@@ -37,7 +37,7 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would be in the way of other files in this process
 def browser() -> Iterator[Any]:
     """Chromium, as the system has it."""
     if CHROMIUM is None:
