@@ -19,22 +19,10 @@ from nowcast_lab.evaluate.arms import Arm
 from nowcast_lab.evaluate.run import Local, run
 from nowcast_lab.evaluate.tasks import TASKS, Task
 from nowcast_lab.metatrain.data import load
-from nowcast_lab.metatrain.zoo import Arch
 from nowcast_proto.rules import payoff
 from nowcast_service.predictors import make_predictor
 from nowcast_service.weights.registry import resolve_checkpoint
 
-LANGUAGE = Task(
-    name="gpt2-4x128",
-    arch=Arch(kind="gpt2", dim=128, layers=4, heads=4, context=128),
-    source="stdlib:bytes",
-    batch=16,
-    steps=1200,
-    metric="loss",
-    eval_every=1200,
-    eval_items=64,
-    once=True,
-)
 DECAY = {"warmup": 0.05, "schedule": "cosine"}
 PAIRS: dict[str, tuple[Task, dict[str, Any], int]] = {
     "text": (TASKS["choose-gpt2"], {"lr": 4e-3, **DECAY, "period": 48}, 1200),
@@ -44,7 +32,7 @@ PAIRS: dict[str, tuple[Task, dict[str, Any], int]] = {
     "conv": (TASKS["choose-conv"], {"lr": 3e-3, "period": 48}, 1000),
     "conv-muon": (TASKS["choose-conv"], {"optimizer": "muon", "lr": 0.05, "schedule": "linear", "period": 48}, 1000),
     "mlp": (TASKS["choose-mlp"], {"lr": 3e-3, "period": 48}, 1200),
-    "language": (LANGUAGE, {"lr": 4e-3, **DECAY, "clip": 1.0, "period": 48}, 1200),
+    "language": (TASKS["gpt2-1m"], {"lr": 4e-3, **DECAY, "clip": 1.0, "period": 48}, 1200),
 }
 
 
